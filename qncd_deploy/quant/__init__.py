@@ -1,0 +1,1 @@
+"""Grids, ranges, the quantization plan, and the smoothing folded into the weights."""
