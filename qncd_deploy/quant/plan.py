@@ -1,21 +1,27 @@
-"""The quantization plan: for every weighted op of the network, which grid its weight and its input get, or why it stays float.
+"""The quantization plan: for every weighted op, which grid its weight and its input get, or why it stays float.
 
-A plan is data (`plan.json`, schema 1): the exporter inserts Q/DQ from it, reports read it, correction tables are keyed by its
-hash. Scales are float32; they are kept and written as the shortest decimal that reads back as the same float32.
+A plan is data (`plan.json`, schema 1): the exporter inserts Q/DQ from it, reports read it, correction tables are keyed
+by its hash. Scales are float32, kept and written as the shortest decimal that reads back as the same float32.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import PlanError
+from qncd_deploy.quant.grid import Grid, fake_quantize, limits, narrow_weights
+from qncd_deploy.quant.policy import Policy
+from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db
 
 SCHEMA = 1
 
@@ -27,9 +33,10 @@ Role = Literal["body", "first", "last", "time", "label", "small"]
 class LayerSite:
     """What the graph says of one weighted op, before anything is decided.
 
-    name: the weight initializer (the parameter name of the checkpoint), unique in a network. shape: as stored in the graph,
-    (O, I, kh, kw) for Conv, (N, K) or (K, N) for Gemm, (K, N) for MatMul. out_axis: the axis of output channels in that shape.
-    input, output: edge (tensor) names. role: "body" unless the graph's structure asks for float; note says what was found.
+    name: the weight initializer (the parameter name of the checkpoint), unique in a network. shape: as stored in the
+    graph, (O, I, kh, kw) for Conv, (N, K) or (K, N) for Gemm, (K, N) for MatMul. out_axis: the axis of output channels
+    in that shape. input, output: edge (tensor) names. role: "body" unless the graph's structure asks for float; note
+    says what was found.
     """
 
     name: str
@@ -50,10 +57,12 @@ class LayerSite:
 class LayerPlan:
     """One entry of plan.json. A float layer has None in every field from weight_bits to output_amax except the reason.
 
-    weight_scale: one float32 per output channel (or one for all). act_scale: one float32 for the edge `input`, the same for all
-    quantized consumers of that edge; act_zero is always 0. output_amax: calibrated |output| range, for runtimes that want the
-    output quantized as well. sqnr_db: 10 log10(sum w^2 / sum (w - Q(w))^2) of the weight as stored; act_sqnr_db: the same of the
-    input, estimated from its calibration histogram. Both are None where the rounding is exact.
+    weight_scale: one float32 per output channel. act_scale: one float32 for the edge `input`, the same for all
+    quantized consumers of that edge; act_zero is always 0. Fewer than 8 bits use the levels -2**(b-1)..2**(b-1)-1 of
+    an int8 tensor; weights of 8 bits use -127..127 (see weight_grid, act_grid). output_amax: calibrated range of
+    |output|, for runtimes that want the output quantized as well, None where it was not observed. sqnr_db = 10
+    log10(sum w^2 / sum (w - Q(w))^2), measured on the weight the plan was made for; act_sqnr_db is the same of the
+    input, estimated from its calibration histogram. None where there is no error at all.
     """
 
     name: str
@@ -77,6 +86,19 @@ class LayerPlan:
     @property
     def quantized(self) -> bool:
         return self.weight_bits is not None
+
+    @property
+    def weight_grid(self) -> Grid:
+        """The grid of a quantized layer's weight, per output channel."""
+        assert self.weight_bits is not None and self.weight_scale is not None, f"{self.name} stays float"
+        qmin, qmax = limits(self.weight_bits, narrow=narrow_weights(self.weight_bits))
+        return Grid(np.asarray(self.weight_scale, np.float32), qmin, qmax, self.out_axis)
+
+    @property
+    def act_grid(self) -> Grid:
+        """The grid of a quantized layer's input edge, per tensor."""
+        assert self.act_bits is not None and self.act_scale is not None, f"{self.name} stays float"
+        return Grid(np.asarray(self.act_scale, np.float32), *limits(self.act_bits))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -155,14 +177,141 @@ class QuantPlan:
         return cls(str(data["format"]), tuple(LayerPlan.from_json(layer) for layer in data["layers"]))
 
     def dumps(self) -> str:
-        """The bytes of plan.json."""
-        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        """The text of plan.json: one layer a line, so that two plans can be compared with diff."""
+        head, layers = json.dumps({"schema": SCHEMA, "format": self.format})[:-1], self.to_json()["layers"]
+        lines = ",\n".join(json.dumps(layer, allow_nan=False) for layer in layers)
+        return f'{head}, "layers": [\n{lines}\n]}}\n'
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.dumps().encode()).hexdigest()
 
 
-def float32_text(value: float | np.floating) -> float:
-    """The float whose repr is the shortest decimal that reads back as float32(value): what a scale looks like in JSON."""
+FLOAT_NAMES = re.compile(
+    r"time_emb_proj|time_embedding|conv_in|conv_out|add_embedding|pos_embed|time_text_embed|context_embedder|norm_out"
+)
+"""Names that NVIDIA's diffusers recipe never quantizes, for what the graph's structure did not tell; conv_shortcut is
+left out of the list on purpose: shortcut convolutions are ordinary convolutions of the body."""
+
+FEED_FORWARD = re.compile(r"(^|\.)ff\.net\.")
+QKV = re.compile(r"(^|\.)(to_[qkv]|to_qkv|qkv|query|key|value|[qkv]_proj|add_[qkv]_proj)\.")
+MIN_WIDTH = 8
+"""A Gemm with fewer inputs or outputs than this costs nothing and has no integer kernel worth the Q in front of it."""
+
+
+def make_plan(
+    sites: Sequence[LayerSite], weights: Mapping[str, np.ndarray], stats: Mapping[str, TensorStats], policy: Policy
+) -> QuantPlan:
+    """Decide for every site, and give every quantized one its scales.
+
+    weights: by site name, of the site's shape. stats: by edge, of every quantized layer's input; where an output is
+    there too, its range is recorded. All quantized consumers of an edge share one grid.
+
+    Raises: PlanError if a pattern of the policy matches no weight, an edge was not calibrated, a weight is missing, of
+    another shape or not finite, or nothing at all would be quantized.
+    """
+    for option, patterns in (("--exclude", policy.exclude), ("--include", policy.include)):
+        for pattern in patterns:
+            if not any(re.search(pattern, site.name) for site in sites):
+                raise PlanError(f"{option} {pattern!r}: matches none of {len(sites)} weights. See `qncd inspect`.")
+    grids: dict[str, Grid] = {}
+    layers = []
+    for site in sites:
+        wanted, reason = decide(site, policy)
+        if wanted and site.input in stats and stats[site.input].amax == 0:
+            wanted, reason = False, "its input was zero throughout calibration"
+        if not wanted:
+            layers.append(_float_layer(site, reason))
+            continue
+        if site.input not in stats:
+            raise PlanError(f"{site.name}: its input {site.input!r} was not calibrated. Observe every planned edge.")
+        if site.input not in grids:
+            grids[site.input] = policy.act_grid(stats[site.input])
+        layers.append(_quantized_layer(site, reason, _checked_weight(site, weights), stats, grids[site.input], policy))
+    plan = QuantPlan(policy.format, tuple(layers))
+    if not plan.quantized:
+        reasons = "; ".join(sorted({layer.reason for layer in layers})) or "the graph has none"
+        raise PlanError(f"plan: none of {len(layers)} weighted layers would be quantized ({reasons}).")
+    return plan
+
+
+def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
+    """Whether a layer is quantized, and the rule that said so; needs no weights and no statistics."""
+    if pattern := _first_match(policy.exclude, site.name):
+        return False, f"--exclude {pattern!r}"
+    if pattern := _first_match(policy.include, site.name):
+        return True, f"--include {pattern!r}"
+    if site.role != "body":
+        return False, site.note or f"{site.role} layer"
+    if match := FLOAT_NAMES.search(site.name):
+        return False, f"the name holds {match[0]!r}, which NVIDIA's recipe leaves in float"
+    if site.op == "Conv":
+        return True, "convolution"
+    if min(site.shape) < MIN_WIDTH:
+        return False, f"{site.op} of {' x '.join(map(str, site.shape))}: fewer than {MIN_WIDTH} inputs or outputs"
+    level, kind = _linear_level(site.name)
+    if level > policy.quant_level:
+        return False, f"{kind}: quantized from --quant-level {level:g} on"
+    return True, kind
+
+
+def float32_text(value: float | np.floating | np.ndarray) -> float:
+    """The float whose repr is the shortest decimal that reads back as float32(value): a scale as JSON shows it."""
     return float(str(np.float32(value)))
+
+
+def _first_match(patterns: Sequence[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+
+
+def _linear_level(name: str) -> tuple[float, str]:
+    if FEED_FORWARD.search(name):
+        return 2, "feed-forward Linear"
+    if QKV.search(name):
+        return 2.5, "query, key or value projection"
+    return 3, "Linear"
+
+
+def _float_layer(site: LayerSite, reason: str) -> LayerPlan:
+    return LayerPlan(site.name, site.op, site.shape, site.input, site.output, site.out_axis, reason)
+
+
+def _quantized_layer(
+    site: LayerSite,
+    reason: str,
+    weight: np.ndarray,
+    stats: Mapping[str, TensorStats],
+    act_grid: Grid,
+    policy: Policy,
+) -> LayerPlan:
+    weight_grid = policy.weight_grid(weight, site.out_axis)
+    return replace(
+        _float_layer(site, reason),
+        weight_bits=policy.weight_bits,
+        act_bits=policy.act_bits,
+        weight_scale=tuple(map(float32_text, weight_grid.scale)),
+        act_scale=float32_text(act_grid.scale),
+        act_zero=0,
+        sqnr_db=_finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
+        act_sqnr_db=_finite_db(stats_sqnr_db(stats[site.input], act_grid)),
+        weight_method=policy.weight_method,
+        act_method=policy.act_method_text,
+        output_amax=float32_text(policy.act_range(stats[site.output], bits=8).amax) if site.output in stats else None,
+    )
+
+
+def _checked_weight(site: LayerSite, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    if site.name not in weights:
+        raise PlanError(f"{site.name}: the graph names this weight, the checkpoint has no such array.")
+    weight = weights[site.name]
+    if weight.shape != site.shape:
+        raise PlanError(f"{site.name}: shape {weight.shape}, the graph expects {site.shape}.")
+    if not np.isfinite(weight).all():
+        bad = int(weight.size - np.isfinite(weight).sum())
+        raise PlanError(f"{site.name}: {bad} of {weight.size} weights are not finite. The checkpoint is damaged.")
+    return weight
+
+
+def _finite_db(value: float) -> float | None:
+    """Decibels to a hundredth; None where nothing was lost, which JSON has no number for."""
+    return round(value, 2) if math.isfinite(value) else None

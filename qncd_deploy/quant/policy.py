@@ -1,0 +1,109 @@
+"""What the user asks of a quantized network, as one checked value: bits, which layers, and how ranges are chosen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qncd_deploy.calib.observers import TensorStats
+from qncd_deploy.errors import PlanError
+from qncd_deploy.quant.grid import Grid, narrow_weights
+from qncd_deploy.quant.ranges import (
+    Range,
+    grid_from_range,
+    lp_range,
+    minmax_range,
+    minmax_stats,
+    mse_stats,
+    percentile_stats,
+)
+
+QUANT_LEVELS = (1, 2, 2.5, 3)
+WEIGHT_METHODS = ("minmax", "mse", "lp2.4")
+ACT_METHODS = ("minmax", "percentile", "mse")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to quantize and how; checked when built.
+
+    quant_level: 1 convolutions, 2 adds the feed-forward Linears, 2.5 the query, key and value projections, 3 every
+    weighted Linear. exclude, include: regular expressions searched in weight names. A layer that `exclude` matches
+    stays float; else one that `include` matches is quantized whatever its level, role or name; else the defaults
+    decide. weight_method: "minmax", "mse" (p = 2) or "lp2.4" (Q-Diffusion's search). act_method: "minmax",
+    "percentile" or "mse".
+    """
+
+    weight_bits: int = 8
+    act_bits: int = 8
+    quant_level: float = 3
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    weight_method: str = "mse"
+    act_method: str = "mse"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        for what, bits in (("weights", self.weight_bits), ("activations", self.act_bits)):
+            if bits not in range(4, 9):
+                raise PlanError(f"format: {what} of {bits} bits, expected 4 to 8. Choose another --format.")
+        for what, value, known in (
+            ("quant level", self.quant_level, QUANT_LEVELS),
+            ("weight method", self.weight_method, WEIGHT_METHODS),
+            ("calibration method", self.act_method, ACT_METHODS),
+        ):
+            if value not in known:
+                raise PlanError(f"{what}: {value!r}, expected one of {', '.join(map(str, known))}.")
+        if not 50 <= self.percentile <= 100:
+            raise PlanError(
+                f"percentile: {self.percentile:g}, expected 50 to 100, the share of |x| that is not clipped."
+            )
+        for pattern in self.exclude + self.include:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PlanError(f"pattern {pattern!r}: not a regular expression ({error}).") from error
+
+    @classmethod
+    def for_format(cls, format: str, **options: Any) -> Policy:
+        """Policy of "w8a8", "w4a6" and the like; options are the other fields."""
+        bits = re.fullmatch(r"w(\d+)a(\d+)", format)
+        if bits is None:
+            raise PlanError(f"format {format!r}: expected wNaM, weight and activation bits, like w8a8.")
+        return cls(weight_bits=int(bits[1]), act_bits=int(bits[2]), **options)
+
+    @property
+    def format(self) -> str:
+        return f"w{self.weight_bits}a{self.act_bits}"
+
+    @property
+    def act_method_text(self) -> str:
+        """The activation method with its parameter: "percentile 99.99"."""
+        return f"percentile {self.percentile:g}" if self.act_method == "percentile" else self.act_method
+
+    def weight_range(self, weight: np.ndarray, axis: int) -> Range:
+        """Per index of `axis`, the output channels."""
+        if self.weight_method == "minmax":
+            return minmax_range(weight, axis=axis)
+        p = {"mse": 2.0, "lp2.4": 2.4}[self.weight_method]
+        return lp_range(weight, bits=self.weight_bits, axis=axis, p=p, narrow=narrow_weights(self.weight_bits))
+
+    def weight_grid(self, weight: np.ndarray, axis: int) -> Grid:
+        r = self.weight_range(weight, axis)
+        return grid_from_range(r, bits=self.weight_bits, narrow=narrow_weights(self.weight_bits))
+
+    def act_range(self, stats: TensorStats, *, bits: int | None = None) -> Range:
+        """Per tensor; bits only where they differ from the policy's (an output that is quantized for the runtime's
+        sake).
+        """
+        if self.act_method == "minmax":
+            return minmax_stats(stats)
+        if self.act_method == "percentile":
+            return percentile_stats(stats, percentile=self.percentile)
+        return mse_stats(stats, bits=bits or self.act_bits)
+
+    def act_grid(self, stats: TensorStats) -> Grid:
+        return grid_from_range(self.act_range(stats), bits=self.act_bits)
