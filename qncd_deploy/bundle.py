@@ -108,6 +108,9 @@ class Manifest:
         values = {key: value for key, value in data.items() if key != "schema"}
         values["model"] = ModelFacts.from_json(data["model"])
         values["files"] = {name: FileFacts(**facts) for name, facts in data["files"].items()}
+        for name in [*values["files"], *values["roles"].values()]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} lies outside the bundle")
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,9 +152,6 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise BundleError(f"{path}: not a complete manifest ({exc}). Run `qncd export` again.") from exc
-    for name in [*manifest.files, *manifest.roles.values()]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BundleError(f"{path}: names {name!r}, which is outside the bundle. Do not trust it.")
     return manifest
 
 
