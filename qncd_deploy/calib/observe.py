@@ -1,0 +1,65 @@
+"""Run a network over calibration batches and keep statistics of named tensors, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from qncd_deploy.calib.observers import TensorStats
+from qncd_deploy.errors import CalibrationError
+
+BUDGET_BYTES = 1 << 30
+"""Observed tensors held at a time; a network with more of them runs several times per batch."""
+
+_FIRST_PART = 8  # tensors fetched together while no size is known
+
+
+class Run(Protocol):
+    """A network whose inner tensors can be asked for: inputs by name, tensor names -> those tensors."""
+
+    def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> Mapping[str, np.ndarray]: ...
+
+
+def observe(
+    run: Run, batches: Iterable[Mapping[str, np.ndarray]], names: Sequence[str], *, budget_bytes: int = BUDGET_BYTES
+) -> dict[str, TensorStats]:
+    """Statistics of every named tensor over all batches, in the order of `names`.
+
+    The first batch tells how large the tensors are; from then on as many are fetched per run as fit into budget_bytes
+    together, at least one.
+
+    Raises: CalibrationError if there is no batch, or a tensor is empty or not finite (the message names it).
+    """
+    stats: dict[str, TensorStats] = {}
+    sizes: dict[str, int] = {}
+    for feeds in batches:
+        for part in _parts(names, sizes, budget_bytes):
+            outputs = run(feeds, part)
+            for name in part:
+                sizes[name] = outputs[name].nbytes
+                seen = TensorStats.of(outputs[name], name)
+                stats[name] = stats[name].merge(seen) if name in stats else seen
+    if names and not stats:
+        raise CalibrationError("calibration: no batches, expected at least one. Check the calibration set.")
+    return {name: stats[name] for name in names}
+
+
+def _parts(names: Sequence[str], sizes: Mapping[str, int], budget_bytes: int) -> Iterator[list[str]]:
+    """Split names in order. Lazy: while parts of the first batch are consumed, `sizes` fills up.
+
+    A tensor of unknown size counts as the largest one known: the early tensors of a UNet have its full resolution.
+    """
+    part: list[str] = []
+    room = budget_bytes
+    for name in names:
+        size = sizes.get(name) or max(sizes.values(), default=budget_bytes // _FIRST_PART)
+        if part and size > room:
+            yield part
+            part, room = [], budget_bytes
+            size = sizes.get(name) or max(sizes.values())
+        part.append(name)
+        room -= size
+    if part:
+        yield part

@@ -1,0 +1,90 @@
+"""Choose and accept smoothing factors of a convolution by its quantized output, never by faith.
+
+Per block: the candidate of least output error on the fitting samples, kept only if it also lowers the error on held-out
+samples. Activations and weights are both quantized with the policy's own ranges, so what a factor gains on one side and
+loses on the other is weighed in the unit that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import conv2d
+
+from qncd_deploy.calib.observers import TensorStats
+from qncd_deploy.quant.fold import fold_smoothing
+from qncd_deploy.quant.grid import fake_quantize
+from qncd_deploy.quant.policy import Policy
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What became of one block: factors (C,) float32 of the candidate `label`, and its held-out output error (see
+    output_error) without and with them."""
+
+    label: str
+    factors: np.ndarray
+    error_before: float
+    error_after: float
+
+    @property
+    def kept(self) -> bool:
+        return self.error_after < self.error_before
+
+
+def choose(
+    candidates: Mapping[str, np.ndarray],
+    weight: np.ndarray,
+    *,
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    policy: Policy,
+) -> Decision:
+    """The best of several factors by output error on `fit`, judged on `held_out`; candidates by label, not empty.
+
+    weight (O, C, kh, kw) unsmoothed; fit, held_out (N, C, H, W) float32 samples of the convolution's unsmoothed input.
+    Activation ranges come from `fit` for both.
+    """
+    errors = {label: output_error(s, weight, fit=fit, judge=fit, policy=policy) for label, s in candidates.items()}
+    best = min(errors, key=errors.__getitem__)
+    return accept(best, candidates[best], weight, fit=fit, held_out=held_out, policy=policy)
+
+
+def accept(
+    label: str, s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
+) -> Decision:
+    """Judge one factor on held-out samples; arguments as in `choose`."""
+    before, after = (
+        output_error(factors, weight, fit=fit, judge=held_out, policy=policy) for factors in (np.ones_like(s), s)
+    )
+    return Decision(label, s, before, after)
+
+
+def output_error(s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, judge: np.ndarray, policy: Policy) -> float:
+    """sum (conv(Q(x / s), Q(w s)) - conv(x, w))^2 / sum conv(x, w)^2 over `judge`: relative, 0 for a perfect grid.
+
+    The activation range is that of fit / s. "Same" padding, stride 1, as in the second convolution of every block; a
+    bias would cancel.
+    """
+    per_channel = s.reshape(1, -1, 1, 1)
+    act_grid = policy.act_grid(TensorStats.of(fit / per_channel, "smoothed activation"))
+    folded = fold_smoothing(weight, s)
+    quantized = _conv(
+        fake_quantize(judge / per_channel, act_grid), fake_quantize(folded, policy.weight_grid(folded, 0))
+    )
+    exact = _conv(judge, weight)
+    power, noise = float(exact.square().sum()), float((quantized - exact).square().sum())
+    return noise / power if power else noise
+
+
+def _conv(x: np.ndarray, weight: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        return conv2d(_tensor(x), _tensor(weight), padding=padding).double()
+
+
+def _tensor(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32))
