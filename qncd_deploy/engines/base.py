@@ -1,0 +1,228 @@
+"""What every engine does the same way (checking its inputs, closing), and opening one by its backend's name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from qncd_deploy.errors import BackendMissing, EngineError
+from qncd_deploy.specs import TensorSpec
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Remainder = Literal["f32", "bf16"]
+"""Precision of what a quantized graph leaves in float."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One inference library: where its engine class is, how to get it, and which graph of a bundle it runs.
+
+    role: the bundle's graph for it;  remainders: precisions it can compute the float layers in, the default first.
+    """
+
+    name: str
+    module: str
+    engine: str
+    package: str
+    install: str
+    role: str
+    remainders: tuple[Remainder, ...] = ("f32",)
+
+
+BACKENDS: Mapping[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "openvino",
+            "qncd_deploy.engines.openvino",
+            "OpenVINOEngine",
+            package="openvino",
+            install="pip install 'qncd-deploy[cpu]'",
+            role="master",
+            remainders=("f32", "bf16"),
+        ),
+        Backend(
+            "onnxruntime",
+            "qncd_deploy.engines.ort",
+            "OrtEngine",
+            package="onnxruntime",
+            install="pip install 'qncd-deploy[cpu]'",
+            role="ort",
+        ),
+        Backend(
+            "torch",
+            "qncd_deploy.engines.torch_ref",
+            "TorchEngine",
+            package="torch",
+            install="pip install 'qncd-deploy[export]'",
+            role="master",
+        ),
+    )
+}
+"""By name, in order of preference: the first that this machine has is the default."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What this machine has of a backend: the library's version, or the sentence that says what is missing."""
+
+    name: str
+    version: str | None
+    missing: str | None
+
+
+class BaseEngine(ABC):
+    """Named arrays in, named arrays out, as specs.Engine says; a context manager that closes itself.
+
+    Args: engine_id: backend and precision, as correction tables are keyed by it;  path: the graph, for messages.
+    """
+
+    def __init__(
+        self, engine_id: str, path: Path, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> None:
+        self.engine_id = engine_id
+        self.path = path
+        self.inputs = inputs
+        self.outputs = outputs
+        self._closed = False
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once. Raises EngineError if an input is missing, unknown, or of another dtype or shape."""
+        assert not self._closed, f"{self.path}: the engine is closed"
+        return self._run(check_feeds(self.path, self.inputs, feeds))
+
+    def close(self) -> None:
+        """Let the library's objects go. Closing twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_engine(
+    backend: str, path: Path, *, remainder: Remainder | None = None, threads: int | None = None
+) -> BaseEngine:
+    """Open an ONNX graph with a backend.
+
+    remainder: precision of the float layers, None for the backend's own default;  threads: None for the library's
+    choice.
+
+    Raises: EngineError for an unknown backend or a remainder it cannot do;  BackendMissing if its library is not here;
+    BuildFailed if it refuses the graph.
+    """
+    chosen = find_backend(backend)
+    remainder = remainder or chosen.remainders[0]
+    engine_id = make_engine_id(backend, remainder)
+    if not path.is_file():
+        raise EngineError(f"{path}: no such graph.")
+    return getattr(_import(chosen), chosen.engine)(path, engine_id=engine_id, remainder=remainder, threads=threads)
+
+
+def make_engine_id(backend: str, remainder: Remainder | None = None) -> str:
+    """The name that correction tables are keyed by, such as "openvino-f32". Raises EngineError as open_engine does."""
+    chosen = find_backend(backend)
+    remainder = remainder or chosen.remainders[0]
+    if remainder not in chosen.remainders:
+        able = ", ".join(b.name for b in BACKENDS.values() if remainder in b.remainders)
+        raise EngineError(
+            f"{backend}: computes its float layers in {', '.join(chosen.remainders)} only, {remainder} was asked for. "
+            f"Choose another backend ({able or 'none has it'})."
+        )
+    return f"{backend}-{remainder}"
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of that name. Raises EngineError naming those that exist."""
+    if name not in BACKENDS:
+        raise EngineError(f"backend {name!r}: unknown. Choose one of {', '.join(BACKENDS)}.")
+    return BACKENDS[name]
+
+
+def default_backend() -> str:
+    """The first backend that this machine has. Raises BackendMissing if it has none."""
+    for backend in BACKENDS.values():
+        if backend_status(backend).missing is None:
+            return backend.name
+    raise BackendMissing(f"no inference engine on this machine. Install one: {BACKENDS['openvino'].install}")
+
+
+def available_backends() -> tuple[BackendStatus, ...]:
+    """Every backend and whether it works here, found by importing its library (torch takes a second or two)."""
+    return tuple(backend_status(backend) for backend in BACKENDS.values())
+
+
+def backend_status(backend: Backend) -> BackendStatus:
+    try:
+        _import(backend)
+    except BackendMissing as exc:
+        return BackendStatus(backend.name, None, str(exc))
+    return BackendStatus(backend.name, _version(backend.package), None)
+
+
+def check_feeds(path: Path, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The feeds as contiguous arrays in the order of `inputs`, or an EngineError that says which does not fit."""
+    if wrong := sorted(set(feeds) ^ set(inputs)):
+        found = "unknown input" if wrong[0] in feeds else "nothing fed to input"
+        raise EngineError(f"{path}: {found} {wrong[0]!r}. Its inputs are {', '.join(inputs)}.")
+    checked: dict[str, np.ndarray] = {}
+    free: dict[str, int] = {}
+    for name, spec in inputs.items():
+        array = np.asarray(feeds[name], order="C")
+        fits = len(array.shape) == len(spec.shape) and all(
+            size == (free.setdefault(want, size) if isinstance(want, str) else want)
+            for size, want in zip(array.shape, spec.shape, strict=True)
+        )
+        if not fits or array.dtype.name != spec.dtype:
+            wanted = "x".join(str(n) for n in spec.shape) or "a scalar"
+            found = "x".join(str(n) for n in array.shape) or "a scalar"
+            raise EngineError(
+                f"{path}: input {name!r} is {array.dtype.name} {found}, expected {spec.dtype} {wanted}"
+                + (f" with {', '.join(f'{k} = {v}' for k, v in free.items())}" if free else "")
+                + "."
+            )
+        checked[name] = array
+    return checked
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, for a one-line error of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _import(backend: Backend) -> object:
+    try:
+        return importlib.import_module(backend.module)
+    except (ImportError, OSError) as exc:  # OSError: a shared library that the package needs is absent
+        raise BackendMissing(
+            f"{backend.name}: not usable on this machine ({first_line(exc)}). Install it: {backend.install}"
+        ) from exc
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # JetPack's and conda's builds may come without metadata
+        return None

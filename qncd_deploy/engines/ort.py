@@ -1,0 +1,67 @@
+"""ONNX Runtime on the CPU: runs the sibling whose Q/DQ placement its fusions recognise, or a float graph."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from qncd_deploy.engines.base import BaseEngine, Remainder, first_line
+from qncd_deploy.errors import BuildFailed, EngineError
+from qncd_deploy.specs import TensorSpec
+
+PROVIDERS = ("CPUExecutionProvider",)
+
+_DTYPES = {"float": "float32", "double": "float64"}
+
+
+class OrtEngine(BaseEngine):
+    """Runs an ONNX graph with an ONNX Runtime session; free dimensions stay free."""
+
+    def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
+        assert remainder == "f32"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors reach us as exceptions; warnings are about its own rewriting
+        options.intra_op_num_threads = threads or 0  # 0: one per physical core
+        options.inter_op_num_threads = 1
+        options.use_deterministic_compute = True
+        # Merging MatMul + Add into Gemm hides Q/DQ -> MatMul from the integer fusions. A float graph keeps it: it is
+        # the baseline of every speed and must not be slowed.
+        disabled = ["MatMulAddFusion"] if _is_quantized(path) else []
+        try:
+            self._session = ort.InferenceSession(path, options, providers=list(PROVIDERS), disabled_optimizers=disabled)
+        except Exception as exc:  # the library raises its own classes, which share no base of their own
+            raise BuildFailed(f"{path}: ONNX Runtime cannot load it ({first_line(exc)}).") from exc
+        used = tuple(self._session.get_providers())
+        if used != PROVIDERS:
+            raise BuildFailed(f"{path}: ONNX Runtime runs it with {', '.join(used)}, not {', '.join(PROVIDERS)}.")
+        super().__init__(engine_id, path, _specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            results = self._session.run(list(self.outputs), feeds)
+        except Exception as exc:
+            raise EngineError(f"{self.path}: ONNX Runtime failed while running ({first_line(exc)}).") from exc
+        return dict(zip(self.outputs, results, strict=True))
+
+    def _close(self) -> None:
+        del self._session
+
+
+def _is_quantized(path: Path) -> bool:
+    """Whether a graph holds Q/DQ pairs, seen from its bytes: operator types are plain text in protobuf."""
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"QuantizeLinear") >= 0
+
+
+def _specs(nodes: list[ort.NodeArg]) -> dict[str, TensorSpec]:
+    specs = []
+    for node in nodes:
+        dtype = node.type.removeprefix("tensor(").removesuffix(")")
+        shape = tuple(size if size is not None else f"dim{axis}" for axis, size in enumerate(node.shape))
+        specs.append(TensorSpec(node.name, _DTYPES.get(dtype, dtype), shape))
+    return {spec.name: spec for spec in specs}

@@ -1,0 +1,118 @@
+"""The yardstick: an ONNX graph run node by node in torch on the CPU, with no fusion, folding or rewriting.
+
+Slow and plain, so that what the other engines return can be held against it: every Q/DQ pair rounds where the graph
+says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from qncd_deploy.engines.base import BaseEngine, Remainder, first_line
+from qncd_deploy.engines.torch_ops import OPERATORS, torch_dtype
+from qncd_deploy.errors import BuildFailed, EngineError
+from qncd_deploy.specs import TensorSpec
+
+OPSETS = range(13, 24)
+
+
+class TorchEngine(BaseEngine):
+    """Interprets an ONNX graph with the table in torch_ops; tensors are dropped after their last use."""
+
+    def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
+        assert remainder == "f32"
+        try:
+            model = onnx.inliner.inline_local_functions(onnx.load(path))
+        except Exception as exc:  # protobuf and onnx raise unrelated classes
+            raise BuildFailed(f"{path}: not a readable ONNX file ({first_line(exc)}).") from exc
+        opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        if opset not in OPSETS:
+            raise BuildFailed(f"{path}: opset {opset}, the torch engine knows {OPSETS.start} to {OPSETS.stop - 1}.")
+        graph = model.graph
+        if unknown := sorted({n.op_type for n in graph.node if n.domain or n.op_type not in OPERATORS}):
+            raise BuildFailed(f"{path}: the torch engine has no operator {', '.join(unknown)}.")
+        try:
+            self._weights = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
+            self._nodes = [(node, _attributes(node)) for node in graph.node]
+            given = [value for value in graph.input if value.name not in self._weights]
+            inputs = {value.name: _spec(value) for value in given}
+            outputs = {value.name: _spec(value) for value in graph.output}
+        except ValueError as exc:
+            raise BuildFailed(f"{path}: {first_line(exc)}.") from exc
+        self._threads = threads
+        self._expired = _last_uses(graph)
+        super().__init__(engine_id, path, inputs, outputs)
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(self._threads or usual)
+        try:
+            with torch.inference_mode():
+                return self._interpret({name: torch.tensor(array) for name, array in feeds.items()})
+        finally:
+            torch.set_num_threads(usual)
+
+    def _interpret(self, values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        values = {**self._weights, **values}
+        for (node, attributes), expired in zip(self._nodes, self._expired, strict=True):
+            inputs = [values[name] if name else None for name in node.input]
+            try:
+                results = OPERATORS[node.op_type](*inputs, **attributes)
+            except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as exc:
+                where = f"{node.op_type} {node.name or node.output[0]!r}"
+                raise EngineError(f"{self.path}: {where} failed in the torch engine ({first_line(exc)}).") from exc
+            several = results if isinstance(results, tuple) else (results,)
+            values.update(zip(node.output, several, strict=False))  # optional outputs at the end may be left out
+            for name in expired:
+                values.pop(name, None)
+        return {name: values[name].numpy() for name in self.outputs}
+
+    def _close(self) -> None:
+        self._weights.clear()
+        self._nodes.clear()
+
+
+def _last_uses(graph: onnx.GraphProto) -> list[list[str]]:
+    """For each node, the tensors that no later node reads and that the graph does not return."""
+    kept = {value.name for value in graph.output}
+    expired: list[list[str]] = []
+    for node in reversed(graph.node):
+        ended = {name for name in [*node.input, *node.output] if name} - kept
+        expired.append(sorted(ended))
+        kept |= ended
+    return expired[::-1]
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, onnx.TensorProto):
+        return _tensor(value)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _tensor(tensor: onnx.TensorProto) -> Tensor:
+    dtype = torch_dtype(tensor.data_type)  # before reading: NumPy has stand-ins for types that torch lacks
+    return torch.from_numpy(np.array(numpy_helper.to_array(tensor).astype(_stand_in(dtype)))).to(dtype)
+
+
+def _stand_in(dtype: torch.dtype) -> type | np.dtype:
+    return np.dtype(np.float32) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    dims = enumerate(kind.shape.dim)
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or f"dim{axis}" for axis, d in dims)
+    return TensorSpec(value.name, str(torch_dtype(kind.elem_type)).removeprefix("torch."), shape)
