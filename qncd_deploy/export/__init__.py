@@ -1,0 +1,1 @@
+"""Torch modules and foreign ONNX files to clean float graphs, and those to quantized siblings on disk."""

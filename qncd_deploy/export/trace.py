@@ -1,0 +1,142 @@
+"""Trace a torch module to a clean float ONNX graph at opset 18: batch free, parameters under their own names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+
+import onnx_ir as ir
+import torch
+
+from qncd_deploy.errors import ExportError
+from qncd_deploy.export.passes.normalise import OPSET, normalise, quiet
+from qncd_deploy.specs import TensorSpec
+
+BATCH = "batch"
+
+_EXAMPLE = 2
+"""Pictures in the example that is traced: more than one, since exporters take a size of one for a constant."""
+
+
+def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, output: str = "out") -> ir.Model:
+    """Export a diffusers UNet (or any module called as module(*inputs)) as a float32 graph in normal form.
+
+    inputs: in the order of the module's positional arguments; their first dimension may be a string, which becomes the
+    free batch dimension. The argument `class_labels` is passed by name, since UNets take it after others. Initializers
+    are named like the module's parameters; a Linear weight that feeds a MatMul is stored transposed, (K, N).
+
+    Raises: ExportError if torch cannot trace the module, or the graph cannot be brought to the normal form.
+    """
+    named = {name: tensor for name, tensor in module.named_parameters()}
+    for name, tensor in named.items():
+        if not torch.isfinite(tensor).all():
+            raise ExportError(f"{name}: NaN or infinity in the weights. Use an intact checkpoint.")
+    caller = _Caller(module.eval(), tuple(spec.name for spec in inputs))
+    example = tuple(_example(spec) for spec in inputs)
+    axes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(spec.shape[0], str) else None for spec in inputs)
+    try:
+        with warnings.catch_warnings(), quiet("torch"), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(caller, example, dynamic_shapes=(axes,), strict=False)
+            model = _translate(program, [spec.name for spec in inputs], output)
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
+        raise ExportError(f"{type(module).__name__}: torch cannot trace it ({_first_line(error)}).") from error
+    _name_batch(model.graph)
+    _strip_prefix(model.graph, "module.")
+    model.graph.name = type(module).__name__
+    return normalise(model)
+
+
+def trace_decoder(decoder: torch.nn.Module, latent_shape: tuple[int, int, int]) -> ir.Model:
+    """Export the first stage's decoder: `latents` (batch, C, H, W) -> `images` (batch, c, h, w), both float32."""
+    return trace(decoder, [TensorSpec("latents", "float32", (BATCH, *latent_shape))], output="images")
+
+
+class _Caller(torch.nn.Module):
+    """Positional arguments in graph order to the module's own call, and its first output."""
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = names
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(self.names, tensors, strict=True))
+        keywords = {name: named.pop(name) for name in _BY_NAME & named.keys()}
+        result = self.module(*named.values(), **keywords)
+        if isinstance(result, torch.Tensor):
+            return result
+        return result[0]
+
+
+_BY_NAME = frozenset({"class_labels"})
+
+
+def _translate(program: torch.export.ExportedProgram, inputs: list[str], output: str) -> ir.Model:
+    """torch's own translation to ONNX, without its decompositions where they have nothing to do.
+
+    Those trace the whole network twice more, two thirds of the time of an export, for the sake of in-place ops and of
+    composite ops that have no translation. A UNet has neither, once a few ops that do nothing at inference are gone; if
+    one turns up after all, the translation fails on it and is done again the long way.
+    """
+    _remove_idle_ops(program.graph)
+    program.graph_module.recompile()
+    translate = partial(
+        torch.onnx.export,
+        program,
+        opset_version=OPSET,
+        input_names=inputs,
+        output_names=[output],
+        optimize=False,  # torch's optimizer would fold transposed weights into nameless constants
+        verbose=False,
+    )
+    targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if not any(target._schema.is_mutable for target in targets):
+        program.run_decompositions = lambda table: program  # type: ignore[method-assign]
+        try:
+            return translate().model
+        except torch.onnx.OnnxExporterError:
+            del program.run_decompositions
+    return translate().model
+
+
+def _remove_idle_ops(graph: torch.fx.Graph) -> None:
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is aten.to.dtype and node.args[0].meta["val"].dtype != node.args[1]:
+            node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
+        elif node.target in (aten.contiguous.default, aten.dropout.default, aten.to.dtype):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _example(spec: TensorSpec) -> torch.Tensor:
+    """Any valid values: tracing depends on shapes and types alone."""
+    shape = [dim if isinstance(dim, int) else _EXAMPLE for dim in spec.shape]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """torch calls the free dimension s53 or the like; shapes computed from it are left to shape inference."""
+    symbols = {value.shape[0].value for value in graph.inputs if isinstance(value.shape[0], ir.SymbolicDim)}
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                dim if isinstance(dim, int) else BATCH if dim.value in symbols else None for dim in value.shape
+            )
+
+
+def _strip_prefix(graph: ir.Graph, prefix: str) -> None:
+    for value in list(graph.initializers.values()):
+        value.name = value.const_value.name = value.name.removeprefix(prefix)
+
+
+def _first_line(error: BaseException) -> str:
+    """torch's exporter wraps the cause in pages of advice; the innermost error says what happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
