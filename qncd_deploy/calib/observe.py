@@ -32,6 +32,7 @@ def observe(
 
     Raises: CalibrationError if there is no batch, or a tensor is empty or not finite (the message names it).
     """
+    names = tuple(dict.fromkeys(names))  # an edge with several consumers is counted once
     stats: dict[str, TensorStats] = {}
     sizes: dict[str, int] = {}
     for feeds in batches:

@@ -46,7 +46,8 @@ class TensorStats:
 
         Raises: CalibrationError if x is empty or holds a value that is not finite in float32.
         """
-        x = np.ascontiguousarray(x, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            x = np.ascontiguousarray(x, dtype=np.float32)
         if x.size == 0:
             raise CalibrationError(f"{name}: an empty tensor (shape {x.shape}), expected values to calibrate on.")
         low, high = _channel_extremes(x)
@@ -56,7 +57,8 @@ class TensorStats:
             raise CalibrationError(
                 f"{name}: {bad} of {x.size} values are not finite. Check the checkpoint and the calibration inputs."
             )
-        exponent = max(MIN_EXPONENT, math.frexp(max(-x_min, x_max))[1])
+        amax = max(-x_min, x_max)
+        exponent = max(MIN_EXPONENT, math.frexp(amax)[1] if amax else MIN_EXPONENT)
         counts, sum_square = _histogram(x.ravel(), exponent)
         return cls(x.size, x_min, x_max, sum_square, np.maximum(-low, high), counts, exponent)
 
