@@ -1,0 +1,52 @@
+"""From a path on the command line to a SourceModel: which reader, which config, which name. Imports no torch itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from qncd_deploy.errors import CheckpointError, UsageError
+from qncd_deploy.models.source import SourceModel
+
+COMPANIONS = ("features.onnx", "features-reference.npz")
+"""Files that travel with a checkpoint: the feature network of the Frechet distance and its reference statistics."""
+
+_GENERIC_STEMS = ("model", "unet")
+
+
+def artifact_name(path: Path) -> str:
+    """The name of what is made from `path`: its folder for `model.*` and `unet.*`, itself for a folder, else its stem.
+
+    `calib_data/fashion-ldm/model.ckpt` -> `fashion-ldm`; `runs/cin256.safetensors` -> `cin256`; for ONNX files too.
+    """
+    path = Path(os.path.abspath(path))  # not resolve(): a link is named after where it lies, not where it points
+    name = path.name if path.is_dir() else path.parent.name if path.stem in _GENERIC_STEMS else path.stem
+    return name or path.stem or "model"  # the root of a file system has no name
+
+
+def load_source(
+    path: Path, *, config: Path | None = None, null_class: int | None = None, scheduler: str | None = None
+) -> SourceModel:
+    """Read a CompVis checkpoint with its YAML, or a diffusers folder.
+
+    Args:   config: the YAML of a CompVis checkpoint; by default `config.yaml` beside it, else `<stem>.yaml`.
+            null_class: the class of classifier-free guidance, where the config does not say or says otherwise.
+            scheduler: the sampler to use, by our name; by default the folder's own, else "ddim".
+    Raises: CheckpointError if anything is missing, damaged or unsupported; UsageError if an argument does not apply;
+            ScheduleError if the scheduler is unknown.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint file or a diffusers folder.")
+    if path.is_dir():
+        if config is not None:
+            raise UsageError(f"--config {config}: {path} is a diffusers folder and brings its own. Leave --config out.")
+        from qncd_deploy.models import diffusers_folder
+
+        source = diffusers_folder.read(path, null_class=null_class, scheduler=scheduler)
+    else:
+        from qncd_deploy.models import compvis
+
+        source = compvis.read(path, config, null_class=null_class, scheduler=scheduler)
+    home = path if path.is_dir() else path.parent
+    return replace(source, companions={name: home / name for name in COMPANIONS if (home / name).is_file()})

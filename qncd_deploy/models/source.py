@@ -1,0 +1,75 @@
+"""What every model reader hands on: network, schedule, condition and decoder, free of any file layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from qncd_deploy.errors import UsageError
+from qncd_deploy.schedule import Schedule
+from qncd_deploy.specs import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """How the network is told a class.
+
+    "class-tokens": row k of `values` (classes, L, D) float32 is fed as `encoder_hidden_states`.
+    "class-labels": the int64 label itself is fed as `class_labels`; `values` is None.
+    `classes` counts the null class (the one of classifier-free guidance), if there is one.
+    """
+
+    kind: Literal["class-tokens", "class-labels"]
+    classes: int
+    null_class: int | None = None
+    values: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.null_class is not None and not 0 <= self.null_class < self.classes:
+            raise UsageError(
+                f"--null-class {self.null_class}: the network has classes 0 to {self.classes - 1}. Choose one of them."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class SourceModel:
+    """A trained model, ready to calibrate and trace.
+
+    unet: diffusers module, float32, eval; `unet(sample, timestep, ...)` with the inputs of `input_specs`.
+    latent_shape: (C, H, W) of the sampled state.   image_shape: (C, H, W) of the picture, values in [-1, 1].
+    decoder: (N, *latent_shape) as the sampler leaves it -> (N, *image_shape); None if the state is the picture.
+    companions: files beside the checkpoint that belong in the bundle, by name.   files: what was read, for hashing.
+    notes: one line each on choices that were made for the user.
+    """
+
+    family: str
+    unet: nn.Module
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    schedule: Schedule
+    scheduler: str
+    condition: Condition | None
+    decoder: nn.Module | None
+    files: Mapping[str, Path]
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Graph inputs in the order of the network's own arguments; the batch dimension is free."""
+        specs = [
+            TensorSpec("sample", "float32", ("batch", *self.latent_shape)),
+            TensorSpec("timestep", "float32", ("batch",)),
+        ]
+        if self.condition is not None and self.condition.values is not None:
+            specs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", *self.condition.values.shape[1:])))
+        elif self.condition is not None:
+            specs.append(TensorSpec("class_labels", "int64", ("batch",)))
+        return tuple(specs)
