@@ -73,6 +73,19 @@ BACKENDS: Mapping[str, Backend] = {
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """How many operations of one kind a compiled graph runs with one implementation.
+
+    op: such as "Convolution";  precision: of its arithmetic, such as "i8";  implementation: such as "brgemm_avx512_i8".
+    """
+
+    op: str
+    precision: str
+    implementation: str
+    count: int
+
+
+@dataclass(frozen=True)
 class BackendStatus:
     """What this machine has of a backend: the library's version, or the sentence that says what is missing."""
 
@@ -106,6 +119,21 @@ class BaseEngine(ABC):
         if not self._closed:
             self._closed = True
             self._close()
+
+    def kernels(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Kernel, ...]:
+        """What runs for inputs of these shapes, sorted; () for a backend that cannot tell."""
+        return ()
+
+    def save_blob(self, path: Path, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
+        """Store what was compiled for inputs of these shapes. source: hash of the graph and its weights.
+
+        Raises: EngineError for a backend that compiles nothing.
+        """
+        raise EngineError(f"{self.engine_id}: compiles nothing that could be stored. It needs no build.")
+
+    def load_blob(self, path: Path, *, source: str) -> None:
+        """Use what save_blob stored. Raises EngineError if it is not for this graph, library, device or precision."""
+        raise EngineError(f"{path}: {self.engine_id} runs the graph itself and takes no compiled blob.")
 
     @abstractmethod
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...

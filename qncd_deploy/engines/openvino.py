@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, first_line
+from qncd_deploy.engines.base import BaseEngine, Kernel, Remainder, first_line
 from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError
 from qncd_deploy.files import atomic_file, canonical_json, sha256_file
 from qncd_deploy.specs import TensorSpec
@@ -24,20 +24,6 @@ BLOB_SCHEMA = 1
 
 Shapes = tuple[tuple[int, ...], ...]
 """One static shape per input, in the graph's order."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """How many operations of one kind the compiled graph runs with one implementation.
-
-    op: such as "Convolution";  precision: of its arithmetic, such as "i8";  implementation: such as
-    "jit_avx512_amx_i8".
-    """
-
-    op: str
-    precision: str
-    implementation: str
-    count: int
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ tensor or a tuple of them. Attribute defaults are ONNX's own. Raises ValueError 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qncd_deploy.engines import torch_shapes as shapes
+from qncd_deploy.engines.torch_shapes import only
 
 Operator = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
@@ -88,7 +89,7 @@ def conv(
     strides: Sequence[int] = (),
 ) -> Tensor:
     rank = x.dim() - 2
-    _only(auto_pad in ("NOTSET", "VALID"), f"auto_pad {auto_pad}")
+    only(auto_pad in ("NOTSET", "VALID"), f"auto_pad {auto_pad}")
     run = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     return run(_padded(x, pads), w, b, stride=strides or [1] * rank, dilation=dilations or [1] * rank, groups=group)
 
@@ -108,7 +109,7 @@ def conv_transpose(
 ) -> Tensor:
     rank = x.dim() - 2
     pads = list(pads) or [0] * (2 * rank)
-    _only(auto_pad == "NOTSET" and pads[:rank] == pads[rank:], "uneven or automatic padding")
+    only(auto_pad == "NOTSET" and pads[:rank] == pads[rank:], "uneven or automatic padding")
     run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
     ones, zeros = [1] * rank, [0] * rank
     return run(
@@ -145,7 +146,7 @@ def instance_normalization(x: Tensor, scale: Tensor, b: Tensor, *, epsilon: floa
 def group_normalization(
     x: Tensor, scale: Tensor, b: Tensor, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
-    _only(scale.numel() == x.shape[1], "one scale per group (opset below 21)")
+    only(scale.numel() == x.shape[1], "one scale per group (opset below 21)")
     return F.group_norm(x, num_groups, scale, b, epsilon)
 
 
@@ -173,7 +174,7 @@ def batch_normalization(
     momentum: float = 0.9,
     training_mode: int = 0,
 ) -> Tensor:
-    _only(not training_mode, "training mode")
+    only(not training_mode, "training mode")
     return F.batch_norm(x, mean, var, scale, b, eps=epsilon)
 
 
@@ -190,7 +191,7 @@ def average_pool(
 ) -> Tensor:
     rank = x.dim() - 2
     pads = list(pads) or [0] * (2 * rank)
-    _only(auto_pad == "NOTSET" and set(dilations) <= {1} and pads[:rank] == pads[rank:], "uneven padding or dilation")
+    only(auto_pad == "NOTSET" and set(dilations) <= {1} and pads[:rank] == pads[rank:], "uneven padding or dilation")
     run = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
     return run(
         x,
@@ -200,138 +201,6 @@ def average_pool(
         ceil_mode=bool(ceil_mode),
         count_include_pad=bool(count_include_pad),
     )
-
-
-# --- shapes and indices -----------------------------------------------------------------------------------------------
-
-
-def reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
-    """A size of 0 copies the input's, unless allowzero says that it means zero."""
-    sizes = shape.tolist()
-    return x.reshape(sizes if allowzero else [size or x.shape[axis] for axis, size in enumerate(sizes)])
-
-
-def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
-    return x.reshape(math.prod(x.shape[:axis]), -1)
-
-
-def transpose(x: Tensor, *, perm: Sequence[int] = ()) -> Tensor:
-    return x.permute(*(perm or reversed(range(x.dim()))))
-
-
-def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
-
-
-def unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
-    rank = x.dim() + axes.numel()
-    for axis in sorted(a % rank for a in axes.tolist()):
-        x = x.unsqueeze(axis)
-    return x
-
-
-def expand(x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, shape.tolist()))
-
-
-def shape_of(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    return torch.tensor(x.shape[start:end], dtype=torch.int64)
-
-
-def concat(*xs: Tensor, axis: int) -> Tensor:
-    return torch.cat(xs, axis)
-
-
-def split(
-    x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, num_outputs: int | None = None
-) -> tuple[Tensor, ...]:
-    if sizes is not None:
-        return x.split(sizes.tolist(), axis)
-    if num_outputs is None:
-        raise ValueError("Split without sizes is not supported below opset 18")
-    return x.split(-(-x.shape[axis] // num_outputs), axis)
-
-
-def slice_(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
-    places = range(starts.numel()) if axes is None else axes.tolist()
-    strides = [1] * starts.numel() if steps is None else steps.tolist()
-    for axis, start, end, step in zip(places, starts.tolist(), ends.tolist(), strides, strict=True):
-        kept = range(x.shape[axis])[start:end:step]  # Python clamps as ONNX does
-        x = x.index_select(axis, torch.tensor(kept, dtype=torch.int64, device=x.device))
-    return x
-
-
-def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    axis %= x.dim()
-    flat = torch.where(indices < 0, indices + x.shape[axis], indices).reshape(-1)
-    return x.index_select(axis, flat).reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-
-
-def pad(
-    x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None, *, mode: str = "constant"
-) -> Tensor:
-    places = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.tolist()]
-    amounts = [0] * (2 * x.dim())  # torch counts from the last axis, (before, after) for each
-    for i, axis in enumerate(places):
-        before, after = pads[i].item(), pads[i + len(places)].item()
-        amounts[2 * (x.dim() - 1 - axis)], amounts[2 * (x.dim() - 1 - axis) + 1] = int(before), int(after)
-    if mode == "constant":
-        return F.pad(x, amounts, value=0.0 if value is None else value.item())
-    _only(mode in ("reflect", "edge"), f"padding mode {mode}")
-    _only(not any(amounts[4:]), f"{mode} padding beyond the last two axes")
-    return F.pad(x, amounts[:4], mode="replicate" if mode == "edge" else mode)
-
-
-def resize(
-    x: Tensor,
-    roi: Tensor | None = None,
-    scales: Tensor | None = None,
-    sizes: Tensor | None = None,
-    *,
-    mode: str = "nearest",
-    coordinate_transformation_mode: str = "half_pixel",
-    nearest_mode: str = "round_prefer_floor",
-    antialias: int = 0,
-    axes: Sequence[int] = (),
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    keep_aspect_ratio_policy: str = "stretch",
-) -> Tensor:
-    """Nearest neighbour along any axes, or linear over the last two with half-pixel centres."""
-    _only(not antialias and not axes and keep_aspect_ratio_policy == "stretch", "antialiasing, axes or aspect policy")
-    if scales is not None and scales.numel():
-        factors = scales.double().tolist()
-        target = [math.floor(size * factor) for size, factor in zip(x.shape, factors, strict=True)]
-    else:
-        assert sizes is not None
-        target = sizes.tolist()
-        factors = [new / size for new, size in zip(target, x.shape, strict=True)]
-    if mode == "linear":
-        _only(x.dim() == 4 and target[:2] == list(x.shape[:2]), "linear resizing of other axes than the last two")
-        _only(coordinate_transformation_mode in ("half_pixel", "pytorch_half_pixel"), coordinate_transformation_mode)
-        return F.interpolate(x, size=target[2:], mode="bilinear", align_corners=False)
-    _only(mode == "nearest", f"resizing mode {mode}")
-    for axis, (size, factor) in enumerate(zip(target, factors, strict=True)):
-        if size != x.shape[axis]:
-            place = torch.arange(size, dtype=torch.float64)
-            place = _SOURCE[coordinate_transformation_mode](place, factor)
-            index = _ROUND[nearest_mode](place).long().clamp(0, x.shape[axis] - 1)
-            x = x.index_select(axis, index.to(x.device))
-    return x
-
-
-_SOURCE: Mapping[str, Callable[[Tensor, float], Tensor]] = {
-    "asymmetric": lambda place, factor: place / factor,
-    "half_pixel": lambda place, factor: (place + 0.5) / factor - 0.5,
-    "pytorch_half_pixel": lambda place, factor: (place + 0.5) / factor - 0.5,
-}
-_ROUND: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "round_prefer_floor": lambda place: torch.ceil(place - 0.5),
-    "round_prefer_ceil": lambda place: torch.floor(place + 0.5),
-}
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -385,7 +254,7 @@ def index_of(choose: Callable[..., Tensor]) -> Operator:
     """ArgMax or ArgMin."""
 
     def run(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
-        _only(not select_last_index, "select_last_index")
+        only(not select_last_index, "select_last_index")
         return choose(x, dim=axis, keepdim=bool(keepdims))
 
     return run
@@ -401,15 +270,6 @@ def fold(combine: Callable[[Tensor, Tensor], Tensor]) -> Operator:
         return total
 
     return run
-
-
-def range_(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
-    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
-
-
-def constant_of_shape(shape: Tensor, *, value: Tensor | None = None) -> Tensor:
-    fill = torch.zeros(1) if value is None else value
-    return fill.reshape(()).expand(shape.tolist()).clone()
 
 
 def constant(
@@ -436,11 +296,6 @@ def _padded(x: Tensor, pads: Sequence[int]) -> Tensor:
     return F.pad(x, [amount for axis in reversed(range(rank)) for amount in (pads[axis], pads[axis + rank])])
 
 
-def _only(supported: Any, what: str) -> None:
-    if not supported:
-        raise ValueError(f"{what} is not supported")
-
-
 OPERATORS: Mapping[str, Operator] = {
     "Abs": torch.abs,
     "Add": torch.add,
@@ -452,9 +307,9 @@ OPERATORS: Mapping[str, Operator] = {
     "Cast": cast,
     "Ceil": torch.ceil,
     "Clip": clip,
-    "Concat": concat,
+    "Concat": shapes.concat,
     "Constant": constant,
-    "ConstantOfShape": constant_of_shape,
+    "ConstantOfShape": shapes.constant_of_shape,
     "Conv": conv,
     "ConvTranspose": conv_transpose,
     "Cos": torch.cos,
@@ -464,10 +319,10 @@ OPERATORS: Mapping[str, Operator] = {
     "Equal": torch.eq,
     "Erf": torch.erf,
     "Exp": torch.exp,
-    "Expand": expand,
-    "Flatten": flatten,
+    "Expand": shapes.expand,
+    "Flatten": shapes.flatten,
     "Floor": torch.floor,
-    "Gather": gather,
+    "Gather": shapes.gather,
     "Gelu": gelu,
     "Gemm": gemm,
     "GlobalAveragePool": lambda x: x.mean(dim=tuple(range(2, x.dim())), keepdim=True),
@@ -489,34 +344,34 @@ OPERATORS: Mapping[str, Operator] = {
     "Neg": torch.neg,
     "Not": torch.logical_not,
     "Or": torch.logical_or,
-    "Pad": pad,
+    "Pad": shapes.pad,
     "Pow": lambda x, y: torch.pow(x, y).to(x.dtype),
     "QuantizeLinear": quantize_linear,
-    "Range": range_,
+    "Range": shapes.range_,
     "Reciprocal": torch.reciprocal,
     "ReduceMax": reduction(torch.amax),
     "ReduceMean": reduction(torch.mean),
     "ReduceMin": reduction(torch.amin),
     "ReduceSum": reduction(torch.sum),
     "Relu": torch.relu,
-    "Reshape": reshape,
-    "Resize": resize,
+    "Reshape": shapes.reshape,
+    "Resize": shapes.resize,
     "Round": torch.round,
-    "Shape": shape_of,
+    "Shape": shapes.shape_of,
     "Sigmoid": torch.sigmoid,
     "Sin": torch.sin,
     "Size": lambda x: torch.tensor(x.numel(), dtype=torch.int64),
-    "Slice": slice_,
+    "Slice": shapes.slice_,
     "Softmax": softmax,
     "Softplus": F.softplus,
-    "Split": split,
+    "Split": shapes.split,
     "Sqrt": torch.sqrt,
-    "Squeeze": squeeze,
+    "Squeeze": shapes.squeeze,
     "Sub": torch.sub,
     "Sum": fold(torch.add),
     "Tanh": torch.tanh,
     "Tile": lambda x, repeats: x.repeat(repeats.tolist()),
-    "Transpose": transpose,
-    "Unsqueeze": unsqueeze,
+    "Transpose": shapes.transpose,
+    "Unsqueeze": shapes.unsqueeze,
     "Where": torch.where,
 }

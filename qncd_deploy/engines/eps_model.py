@@ -1,0 +1,126 @@
+"""From an engine to the network as the sampling loop sees it: model(x, t, cond), float32 in and out, any number of
+rows.
+
+Rows are fed in groups of one fixed size, the last group filled up by repeating a row, so that an engine compiled for
+static shapes meets one shape only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qncd_deploy.errors import EngineError
+from qncd_deploy.specs import Engine, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class InputRoles:
+    """Which graph input takes the state, which the timestep, and which the condition, if any."""
+
+    sample: TensorSpec
+    timestep: TensorSpec | None
+    condition: TensorSpec | None
+
+
+def input_roles(inputs: Mapping[str, TensorSpec]) -> InputRoles:
+    """Tell the inputs apart by rank, since bring-your-own graphs name them as they like: the state has rank 4,
+    condition tokens rank 3, timestep and class label rank 0 or 1; the label is the one whose name says so.
+
+    Raises: EngineError naming an input that fits none of these.
+    """
+    by_rank: dict[int, list[TensorSpec]] = {}
+    for spec in inputs.values():
+        by_rank.setdefault(max(1, len(spec.shape)), []).append(spec)
+    labels = [spec for spec in by_rank.get(1, ()) if _is_label(spec)]
+    times = [spec for spec in by_rank.get(1, ()) if not _is_label(spec)]
+    conditions = [*by_rank.get(3, ()), *labels]
+    leftover = [*by_rank.get(4, ())[1:], *times[1:], *conditions[1:]]
+    leftover += [spec for rank, specs in by_rank.items() if rank not in (1, 3, 4) for spec in specs]
+    if leftover:
+        raise EngineError(
+            f"input {leftover[0].name!r} of shape {list(leftover[0].shape)}: sampling has nothing to feed it. "
+            "A network may take a state (N, C, H, W), a timestep, and either tokens (N, L, D) or a label."
+        )
+    if 4 not in by_rank:
+        raise EngineError(
+            f"no input of shape (N, C, H, W) among {', '.join(inputs)}: sampling needs one for the state."
+        )
+    return InputRoles(by_rank[4][0], next(iter(times), None), next(iter(conditions), None))
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """An engine as model(x, t, cond), called with `rows` rows at a time.
+
+    x (N, C, H, W) float32;  cond: one row of the condition per row of x, or None;  returns the raw output, as x.
+    The timestep is given the shape and dtype that the graph asks for, the state and the condition their dtypes.
+
+    Raises: EngineError for a condition that is missing or that the network does not take, or a fractional timestep
+    where the graph wants a whole one.
+    """
+
+    engine: Engine
+    roles: InputRoles
+    rows: int
+
+    @classmethod
+    def of(cls, engine: Engine, *, rows: int) -> EngineModel:
+        """A batch size fixed in the graph wins over `rows`. Raises EngineError as input_roles does."""
+        roles = input_roles(engine.inputs)
+        return cls(engine, roles, fixed_rows(roles.sample) or rows)
+
+    def __call__(self, x: np.ndarray, t: float, cond: np.ndarray | None) -> np.ndarray:
+        specs, arrays = [self.roles.sample], [x]
+        if (cond is None) != (self.roles.condition is None):
+            raise EngineError(
+                "the network takes no condition, but was given one."
+                if self.roles.condition is None
+                else f"the network needs a condition for its input {self.roles.condition.name!r}, but was given none."
+            )
+        if cond is not None and self.roles.condition is not None:
+            specs.append(self.roles.condition)
+            arrays.append(cond)
+        output = next(iter(self.engine.outputs))
+        time = self._time(t)
+
+        def run(*group: np.ndarray) -> np.ndarray:
+            named = {spec.name: part.astype(spec.dtype, copy=False) for spec, part in zip(specs, group, strict=True)}
+            return self.engine({**named, **time})[output].astype(np.float32, copy=False)
+
+        return in_groups(run, arrays, rows=self.rows)
+
+    def _time(self, t: float) -> dict[str, np.ndarray]:
+        spec = self.roles.timestep
+        if spec is None:
+            return {}
+        if not spec.dtype.startswith("float") and t != int(t):
+            raise EngineError(
+                f"input {spec.name!r} takes whole timesteps, the schedule visits {t:g}. Use another --scheduler."
+            )
+        shape = tuple(self.rows if isinstance(size, str) else size for size in spec.shape)
+        return {spec.name: np.full(shape, t, dtype=spec.dtype)}
+
+
+def in_groups(run: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], *, rows: int) -> np.ndarray:
+    """run(*arrays) with `rows` rows at a time; the last group repeats its last row to be full. Arrays share axis 0."""
+    total = len(arrays[0])
+    results = []
+    for start in range(0, total, rows):
+        group = [array[start : start + rows] for array in arrays]
+        missing = rows - len(group[0])
+        if missing:
+            group = [np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) for part in group]
+        results.append(run(*group)[: rows - missing])
+    return results[0] if len(results) == 1 else np.concatenate(results)
+
+
+def fixed_rows(spec: TensorSpec) -> int | None:
+    """The batch size that a graph was exported with, None if it is free."""
+    return None if isinstance(spec.shape[0], str) else spec.shape[0]
+
+
+def _is_label(spec: TensorSpec) -> bool:
+    return spec.name == "y" or "label" in spec.name or "class" in spec.name

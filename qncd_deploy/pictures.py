@@ -1,0 +1,99 @@
+"""Sampled pictures and the three ways to write them: a PNG grid, an npz with their latents, or a folder of PNGs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qncd_deploy.errors import UsageError
+from qncd_deploy.files import atomic_file, save_npz
+
+_GAP = 2  # pixels between the pictures of a grid
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures by their index, which with the seed decides noise and label.
+
+    indices, labels: (N,) int64, label -1 where the network has no classes;  latents: (N, C, H, W) float32;
+    images: (N, H, W, 1 or 3) uint8, None where the latents are no picture and the bundle has no decoder.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    latents: np.ndarray
+    images: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @classmethod
+    def join(cls, parts: Sequence[Pictures]) -> Pictures:
+        images = [part.images for part in parts if part.images is not None]
+        return cls(
+            indices=np.concatenate([part.indices for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+            latents=np.concatenate([part.latents for part in parts]),
+            images=np.concatenate(images) if images else None,
+        )
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) float in [-1, 1] to (N, H, W, C) uint8: 127.5 (x + 1), rounded to nearest, clipped to 0 .. 255."""
+    return np.clip(np.floor((images + 1) * 127.5 + 0.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output that save_pictures could not write, before anything is sampled. Raises UsageError."""
+    if out.is_dir():
+        return
+    if out.suffix.lower() not in (".png", ".npz"):
+        raise UsageError(f"{out}: neither .png, .npz nor an existing folder. Name one of these after -o.")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
+
+
+def save_pictures(out: Path, pictures: Pictures) -> None:
+    """Write pictures to `out`, whole or not at all.
+
+    .png    one square-ish grid, row by row;  one channel is written as grey
+    .npz    images uint8 NHWC (where there are any), latents float32 NCHW, labels int64
+    folder  (existing) one PNG for each picture, named by its index: 000000.png, 000001.png, ...
+
+    Raises: UsageError for another suffix, a missing parent, or pictures without images where only images can be
+    written; BundleError if the disk is full or may not be written.
+    """
+    check_output(out)
+    if out.suffix.lower() == ".npz" and not out.is_dir():
+        arrays = {"images": pictures.images, "latents": pictures.latents, "labels": pictures.labels}
+        save_npz(out, {name: array for name, array in arrays.items() if array is not None})
+        return
+    if pictures.images is None:
+        raise UsageError(f"{out}: the bundle has no decoder, its latents are not pictures. Write them to an .npz.")
+    if not out.is_dir():
+        _save_png(out, grid(pictures.images))
+        return
+    for index, image in zip(pictures.indices, pictures.images, strict=True):
+        _save_png(out / f"{index:06d}.png", image)
+
+
+def grid(images: np.ndarray, *, columns: int | None = None) -> np.ndarray:
+    """(N, H, W, C) uint8 to one picture: rows of `columns` (default: as square as may be), white gaps between them."""
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, channels), 255, np.uint8)
+    for place, image in enumerate(images):
+        top, left = (place // columns) * (height + _GAP), (place % columns) * (width + _GAP)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def _save_png(path: Path, image: np.ndarray) -> None:
+    with atomic_file(path) as partial:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(partial, format="PNG")

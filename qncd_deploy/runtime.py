@@ -1,0 +1,223 @@
+"""From a bundle to pictures: open it, open an engine, run the host loop, decode. No torch, no onnx, no diffusers.
+
+with Bundle.open(Path("export/fashion-ldm-w8a8")).sampler() as sampler:
+    save_pictures(Path("grid.png"), sampler.sample(16, labels=[3], seed=0))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qncd_deploy.bundle import Manifest, check_files, read_manifest
+from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, Tables, identity_table, load_tables
+from qncd_deploy.engines.base import Remainder, default_backend, find_backend, make_engine_id, open_engine
+from qncd_deploy.errors import BundleError, UsageError
+from qncd_deploy.files import canonical_json
+from qncd_deploy.sampler import Network, Sampler
+from qncd_deploy.schedule import Schedule
+from qncd_deploy.steps import SamplerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and whose files were checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
+        """Read the manifest and, with `verify`, refuse files that changed (see bundle.check_files for how far it
+        looks).
+
+        Raises: BundleError if it is no bundle, incomplete, changed on disk or of an unknown schema.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if verify:
+            check_files(path, manifest)
+        return cls(path, manifest)
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """plan.json as it is."""
+        plan: dict[str, Any] = json.loads(self.file("plan").read_text(encoding="utf-8"))
+        return plan
+
+    @property
+    def plan_sha(self) -> str:
+        """Hash of plan.json, which correction tables are keyed by."""
+        return self.manifest.files[self.manifest.roles["plan"]].sha256
+
+    def graph_id(self, role: str) -> str:
+        """Hash of a graph and of all external weights, which compiled blobs are keyed by."""
+        files = self.manifest.files
+        own = self.manifest.roles[role]
+        parts = {name: facts.sha256 for name, facts in files.items() if name == own or name.endswith(".data")}
+        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+    def file(self, role: str) -> Path:
+        """The file with this role in the manifest. Raises BundleError naming the roles there are."""
+        if role not in self.manifest.roles:
+            held = ", ".join(sorted(self.manifest.roles))
+            raise BundleError(f"{self.path}: holds no {role!r} file, only {held}. Run `qncd export` again.")
+        return self.path / self.manifest.roles[role]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The network's noise schedule. Raises BundleError for a bring-your-own graph that came without one."""
+        if self.manifest.model.schedule is None:
+            raise BundleError(
+                f"{self.path}: has no noise schedule, since it was made from a bare graph, so it cannot sample. "
+                "Run `qncd export` again with --config naming one."
+            )
+        return Schedule.from_json(self.manifest.model.schedule)
+
+    def sampler_config(
+        self, *, scheduler: str | None = None, n_steps: int | None = None, eta: float | None = None
+    ) -> SamplerConfig:
+        """The bundle's own sampler with these changes. Raises ScheduleError if they contradict each other."""
+        own = SamplerConfig(**(self.manifest.model.sampler or {"scheduler": "ddim", "n_steps": 20, "eta": 0.0}))
+        scheduler = scheduler or own.scheduler
+        if eta is None:
+            eta = own.eta if scheduler == own.scheduler else 0.0
+        return SamplerConfig(scheduler, own.n_steps if n_steps is None else n_steps, eta)
+
+    def guidance(self, scale: float | None = None) -> float:
+        """The guidance scale to use: `scale`, else the bundle's own. Raises UsageError if there is nothing to guide
+        by.
+        """
+        condition = self.manifest.model.condition
+        scale = self.manifest.model.guidance_scale if scale is None else scale
+        if scale != 1 and condition is None:
+            raise UsageError(f"{self.path}: the network has no classes, so --guidance-scale {scale:g} means nothing.")
+        if scale != 1 and condition is not None and condition.null_class is None:
+            raise UsageError(
+                f"{self.path}: --guidance-scale {scale:g} needs a null class, and none is known. If the network has "
+                "one, name it with `qncd export --null-class K`; else use --guidance-scale 1."
+            )
+        return scale
+
+    def sampler(
+        self,
+        backend: str | None = None,
+        *,
+        float_twin: bool = False,
+        correction: str = "auto",
+        batch_size: int | None = None,
+        scheduler: str | None = None,
+        n_steps: int | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        remainder: Remainder | None = None,
+        threads: int | None = None,
+        tables: Sequence[Path] = (),
+        blobs: Sequence[Path] = (),
+    ) -> Sampler:
+        """Open the engines and choose the correction: everything but the pictures.
+
+        backend: openvino, onnxruntime, torch; None for the first of them that this machine has.
+        float_twin: the float network instead, computed in float32 on every engine and never corrected.
+        correction: "auto" (what was chosen when tables were fitted for exactly this way to sample, else off and one
+            logged line), "off", or a method's name, which must have been fitted for it.
+        batch_size: pictures at a time;  scheduler ... guidance_scale: None for the bundle's own.
+        remainder: precision of the layers left in float, None for the backend's default.
+        tables: correction files to look into before the bundle's own.  blobs: of Sampler.save_blob, used instead of
+            compiling for the shapes they were made for.
+
+        Raises: UsageError, ScheduleError, EngineError or BundleError, each with what to do.
+        """
+        backend = backend or default_backend()
+        if float_twin and (correction not in ("auto", "off") or remainder not in (None, "f32")):
+            raise UsageError("the float twin is the reference: it takes no correction and no remainder but f32.")
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch size {batch_size}: expected 1 or more.")
+        schedule = self.schedule
+        config = self.sampler_config(scheduler=scheduler, n_steps=n_steps, eta=eta)
+        scale = self.guidance(guidance_scale)
+        key = ScheduleKey.of(
+            schedule,
+            config,
+            guidance_scale=scale,
+            backend=make_engine_id(backend, "f32" if float_twin else remainder),
+            plan_sha=self.plan_sha,
+        )
+        files = [*tables, *([self.file("corrections")] if "corrections" in self.manifest.roles else [])]
+        table = identity_table(key) if float_twin else self._correction(correction, key, files)
+        role = "float" if float_twin else find_backend(backend).role
+        with ExitStack() as opened:
+            unet = opened.enter_context(
+                open_engine(backend, self.file(role), remainder="f32" if float_twin else remainder, threads=threads)
+            )
+            for blob in blobs:
+                unet.load_blob(blob, source=self.graph_id(role))
+            decoder = None
+            if "decoder" in self.manifest.roles:
+                decoder = open_engine(backend, self.file("decoder"), remainder="f32", threads=threads)
+                opened.enter_context(decoder)
+            network = Network(
+                place=self.path,
+                source=self.graph_id(role),
+                facts=self.manifest.model,
+                schedule=schedule,
+                unet=unet,
+                decoder=decoder,
+                embedding=self._embedding(),
+            )
+            return Sampler(
+                network,
+                config=config,
+                guidance_scale=scale,
+                table=table,
+                batch_size=batch_size,
+                resources=opened.pop_all(),
+            )
+
+    def _embedding(self) -> np.ndarray | None:
+        condition = self.manifest.model.condition
+        if condition is None or condition.kind != "class-tokens":
+            return None
+        path = self.file("class-embedding")
+        try:
+            table: np.ndarray = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as exc:
+            raise BundleError(f"{path}: not a readable array ({exc}). Run `qncd export` again.") from exc
+        return table
+
+    def _correction(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
+        """The table to use, from the first file that has it. Raises ScheduleError if a method named outright is
+        nowhere.
+        """
+        if method == "off":
+            return identity_table(key)
+        loaded = [load_tables(path) for path in files]
+        if method == "auto":
+            for held in loaded:
+                if (choice := held.choice(key)) is not None:
+                    return held.find(choice, key)
+            log.info(
+                "no correction was fitted for this backend and schedule, so none is used. Fit one with `%s`.",
+                key.fit_command(self.path),
+            )
+            return identity_table(key)
+        return _find(loaded or [Tables(self.path / "corrections.npz", (), {})], method, key)
+
+
+def _find(loaded: Sequence[Tables], method: str, key: ScheduleKey) -> CorrectionTable:
+    *others, last = loaded
+    for tables in others:
+        if any(table.method == method and table.key == key for table in tables.tables):
+            return tables.find(method, key)
+    return last.find(method, key)

@@ -1,0 +1,267 @@
+"""An open network with a schedule and a correction: pictures by index, batch by batch, through the host loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qncd_deploy.bundle import ConditionFacts, ModelFacts
+from qncd_deploy.correct.fitting import State
+from qncd_deploy.correct.record import CorrectionTable, fixed_steps
+from qncd_deploy.engines.base import BaseEngine, Kernel
+from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_roles
+from qncd_deploy.errors import EngineError, UsageError
+from qncd_deploy.pictures import Pictures, to_uint8
+from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
+from qncd_deploy.schedule import Schedule
+from qncd_deploy.specs import EpsModel
+from qncd_deploy.steps import SamplerConfig, Step, initial_scale
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_LATENT_NUMBERS = 1 << 16  # of one default batch: 16 latents of 4x32x32, 5 pictures of 3x64x64
+_LARGEST_DEFAULT_BATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The open engines of one bundle and what the loop must know of them.
+
+    place: the bundle, for messages;  source: hash of the graph and its weights;  decoder: None if the latents are the
+    pictures;  embedding: (classes, L, D) float32 for a condition of class tokens, else None.
+    """
+
+    place: Path
+    source: str
+    facts: ModelFacts
+    schedule: Schedule
+    unet: BaseEngine
+    decoder: BaseEngine | None
+    embedding: np.ndarray | None
+
+
+class Sampler:
+    """Draws pictures; a context manager that closes its engines.
+
+    Pictures go by index: noise and label of picture i depend on (seed, i) alone, whatever else is sampled with it.
+    table: the correction in use (method "off" for none), whose key says how this samples;  steps: one row per network
+    call;  batch_size: pictures at a time.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        config: SamplerConfig,
+        guidance_scale: float,
+        table: CorrectionTable,
+        batch_size: int | None = None,
+        resources: ExitStack | None = None,
+    ) -> None:
+        self.network = network
+        self.config = config
+        self.guidance_scale = guidance_scale
+        self.table = table
+        self.steps: tuple[Step, ...] = fixed_steps(network.schedule, config, table.fixes)
+        self.initial_scale = initial_scale(network.schedule, config)
+        self.batch_size = batch_size or _default_batch(network.facts.latent_shape)
+        self._resources = resources or ExitStack()
+
+    def sample(
+        self,
+        pictures: int | Sequence[int],
+        *,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        on_state: Callable[[State], None] | None = None,
+    ) -> Pictures:
+        """Pictures 0 .. n-1, or those with the indices given.
+
+        labels: picture i gets labels[i mod len(labels)]; None for i mod classes, the null class not counted.
+        on_state: called after every network call of every batch, for progress.
+        """
+        return Pictures.join(list(self.batches(pictures, labels=labels, seed=seed, on_state=on_state)))
+
+    def batches(
+        self,
+        pictures: int | Sequence[int],
+        *,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        on_state: Callable[[State], None] | None = None,
+    ) -> Iterator[Pictures]:
+        """As sample, but each batch as soon as it is done. Raises UsageError for no pictures or a wrong label."""
+        indices = list(range(pictures)) if isinstance(pictures, int) else list(pictures)
+        if not indices or min(indices) < 0:
+            raise UsageError(f"{pictures} pictures: expected 1 or more, with indices from 0.")
+        self.labels(indices, labels)
+        size = min(self.batch_size, len(indices))
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            latents = None
+            for state in self.trajectory(batch, labels=labels, seed=seed, batch_size=size):
+                latents = state.x
+                if on_state is not None:
+                    on_state(state)
+            assert latents is not None
+            yield Pictures(
+                indices=np.array(batch, dtype=np.int64),
+                labels=self.labels(batch, labels),
+                latents=latents,
+                images=self._images(latents, batch_size=size),
+            )
+
+    def trajectory(
+        self,
+        indices: Sequence[int],
+        *,
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> Iterator[State]:
+        """The states of one batch, one per network call; the last one's x are the latents."""
+        noise = PictureNoise(seed, indices, self.network.facts.latent_shape)
+        return denoise(
+            self.model_for(indices, labels=labels, batch_size=batch_size),
+            self.initial_scale * noise.initial(),
+            self.steps,
+            noise=noise,
+            fixes=None if self.table.method == "off" else self.table.fixes,
+            prediction=self.network.schedule.prediction,
+        )
+
+    def model_for(
+        self, indices: Sequence[int], *, labels: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> EpsModel:
+        """The network as the loop calls it for these pictures: labels and guidance inside, no correction.
+
+        batch_size: rows are filled up to it, so that batches of several sizes need the engine compiled for one.
+        """
+        condition = self.network.facts.condition
+        cond = uncond = None
+        if condition is not None:
+            cond = self._condition_rows(self.labels(indices, labels))
+            if self.guidance_scale != 1:
+                uncond = self._condition_rows(np.array([condition.null_class], dtype=np.int64))
+        model = EngineModel.of(self.network.unet, rows=self._rows(batch_size or len(indices)))
+        return guided(model, cond, uncond, self.guidance_scale)
+
+    def labels(self, indices: Sequence[int], chosen: Sequence[int] | None = None) -> np.ndarray:
+        """Class labels of pictures, (N,) int64, -1 without classes. Raises UsageError for one out of range."""
+        condition = self.network.facts.condition
+        if condition is None:
+            if chosen is not None:
+                raise UsageError(f"{self.network.place}: the network has no classes. Leave --class-label out.")
+            return np.full(len(indices), -1, dtype=np.int64)
+        check_labels(chosen or (), condition)
+        return labels_for(indices, classes=condition.classes, null_class=condition.null_class, chosen=chosen)
+
+    def decode(self, latents: np.ndarray, *, batch_size: int | None = None) -> np.ndarray | None:
+        """(N, C, H, W) latents to (N, C, H, W) pictures in about [-1, 1], float32, not clipped.
+
+        Without a decoder the latents are the pictures if they have 1 or 3 channels; else None.
+        """
+        decoder = self.network.decoder
+        if decoder is None:
+            return latents if latents.shape[1] in (1, 3) else None
+        (spec,) = decoder.inputs.values()
+        output = next(iter(decoder.outputs))
+        rows = fixed_rows(spec) or batch_size or min(self.batch_size, len(latents))
+        return in_groups(lambda group: decoder({spec.name: group})[output], [latents], rows=rows)
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What the engine runs for a full batch; () where the backend cannot tell."""
+        return self.network.unet.kernels(self._shapes())
+
+    def save_blob(self, path: Path) -> None:
+        """Store the network compiled for a full batch. Raises EngineError if the backend compiles nothing."""
+        self.network.unet.save_blob(path, self._shapes(), source=self.network.source)
+
+    def close(self) -> None:
+        """Close the engines. Closing twice is allowed."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _images(self, latents: np.ndarray, *, batch_size: int) -> np.ndarray | None:
+        images = self.decode(latents, batch_size=batch_size)
+        if images is None:
+            return None
+        if not np.isfinite(images).all():
+            raise EngineError(
+                f"{self.network.place}: {self.table.key.backend} returned pictures that are not finite. "
+                "Try a float32 remainder or another --backend."
+            )
+        return to_uint8(images)
+
+    def _condition_rows(self, labels: np.ndarray) -> np.ndarray:
+        return labels if self.network.embedding is None else self.network.embedding[labels]
+
+    def _rows(self, batch_size: int) -> int:
+        """Rows of one network call: guidance asks for every picture twice."""
+        return batch_size if self.guidance_scale == 1 else 2 * batch_size
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Input shapes of the network for a full batch."""
+        inputs, facts, embedding = self.network.unet.inputs, self.network.facts, self.network.embedding
+        roles = input_roles(inputs)
+        rows = fixed_rows(roles.sample) or self._rows(self.batch_size)
+        sizes = {roles.sample.name: facts.latent_shape}
+        if roles.condition is not None and embedding is not None:
+            sizes[roles.condition.name] = embedding.shape[1:]
+        return {
+            name: tuple(rows if isinstance(size, str) else size for size in spec.shape[:1]) + tuple(sizes.get(name, ()))
+            for name, spec in inputs.items()
+        }
+
+
+def parse_labels(text: str, condition: ConditionFacts | None) -> tuple[int, ...]:
+    """What --class-label says: K, K,K,... or "all", as labels to take turns.
+
+    Raises: UsageError for anything else, a class that the network does not have, or its null class.
+    """
+    if condition is None:
+        raise UsageError(f"--class-label {text}: the network has no classes. Leave it out.")
+    if text.strip() == "all":
+        return condition.valid
+    try:
+        labels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--class-label {text}: expected a class number, several with commas, or all.") from None
+    check_labels(labels, condition)
+    return labels
+
+
+def check_labels(labels: Sequence[int], condition: ConditionFacts) -> None:
+    """Raises UsageError, with the valid range, for a class that the network does not have and for its null class."""
+    for label in labels:
+        if label == condition.null_class:
+            raise UsageError(f"class {label} is the null class of guidance, not a picture's. {_range(condition)}")
+        if label not in condition.valid:
+            raise UsageError(f"class {label}: the network does not have it. {_range(condition)}")
+
+
+def _range(condition: ConditionFacts) -> str:
+    last = condition.classes - 1
+    if condition.null_class is None:
+        return f"Use 0 to {last}."
+    if condition.null_class == last:
+        return f"Use 0 to {last - 1}."
+    return f"Use 0 to {last} without {condition.null_class}."
+
+
+def _default_batch(latent_shape: Sequence[int]) -> int:
+    return int(np.clip(_LATENT_NUMBERS // int(np.prod(latent_shape)), 1, _LARGEST_DEFAULT_BATCH))
