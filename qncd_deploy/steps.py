@@ -105,7 +105,7 @@ class Step:
 
     @property
     def eps_gain(self) -> float:
-        """How far x' moves per unit of error in the newest eps, x held fixed, clipping aside (B of ddim's A x + B eps)."""
+        """How far x' moves per unit of error in the newest eps, x held fixed, clipping aside: ddim's B."""
         return self.mix[0] * (self.eps_weight - self.x0_weights[0] * self.b / self.a)
 
 
@@ -114,8 +114,8 @@ class Memory:
     """What a multistep sampler remembers: outputs (newest first), and the x_0 and the state of the newest of them."""
 
     outputs: tuple[Array, ...] = ()
-    x0: Array | None = None
-    base: Array | None = None
+    x0: Array = None
+    base: Array = None
 
 
 def make_steps(
@@ -209,12 +209,15 @@ def eps_from_output(out: Array, x: Array, abar: float, prediction: Prediction) -
     return a * out + b * x if prediction == "v_prediction" else (x - a * out) * (1 / b)
 
 
-def output_from_eps(eps: Array, x: Array, abar: float, prediction: Prediction) -> Array:
-    """Inverse of eps_from_output."""
+def output_per_eps(abar: float, prediction: Prediction) -> float:
+    """d output / d eps at a given x: what turns a correction of eps into one of the output. Without signal (abar = 0)
+    v says nothing about eps, and the answer is 0."""
     if prediction == "epsilon":
-        return eps
+        return 1.0
+    if abar == 0:
+        return 0.0
     a, b = math.sqrt(abar), math.sqrt(1 - abar)
-    return (eps - b * x) * (1 / a) if prediction == "v_prediction" else (x - b * eps) * (1 / a)
+    return 1 / a if prediction == "v_prediction" else -b / a
 
 
 def advance(
@@ -231,7 +234,6 @@ def advance(
     x: the network's input; out: its corrected output; z: N(0, I), needed where step.std > 0. NumPy arrays or torch
     tensors of one shape and floating dtype, which the result keeps.
     """
-    assert z is not None or not step.std, "a stochastic row needs its noise"
     base = memory.base if step.base == "saved" else x
     mixed = out
     if step.mix != (1.0,):
@@ -249,6 +251,7 @@ def advance(
     if step.keep:
         x_next += step.keep * base
     if step.std:
+        assert z is not None, "a stochastic row needs its noise"
         x_next += step.std * z
     if step.push:
         memory = Memory((out, *memory.outputs[:2]), x0, x)
@@ -269,6 +272,7 @@ def _nodes(schedule: Schedule, config: SamplerConfig) -> list[_Node]:
     """Start and target of each of the n_steps steps; for PLMS the doubled second call is put in."""
     table, name = schedule.alphas_cumprod, config.scheduler
     times = _timesteps(schedule, config)
+    nexts: list[tuple[float | None, float]]
     if name in _SIGMA_SAMPLERS:
         table = np.where(table > 0, table, _LEAST_ABAR)
         # diffusers interpolates sigma, not abar, at the fractional timesteps of Euler's linspace

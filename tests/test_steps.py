@@ -20,7 +20,7 @@ from qncd_deploy.steps import (
     eps_from_output,
     initial_scale,
     make_steps,
-    output_from_eps,
+    output_per_eps,
     x0_from_output,
 )
 
@@ -249,12 +249,14 @@ def test_amplify_scales_the_increment_in_y():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_output_conversions_invert_each_other(prediction):
+def test_outputs_say_where_the_state_lies(prediction):
+    """x_0 and eps of one output make up the state again, and eps moves as output_per_eps says."""
     rng = np.random.default_rng(0)
     out, x = rng.standard_normal((2, *SHAPE))
     eps, x0 = eps_from_output(out, x, 0.3, prediction), x0_from_output(out, x, 0.3, prediction)
     np.testing.assert_allclose(math.sqrt(0.3) * x0 + math.sqrt(0.7) * eps, x, atol=1e-14)
-    np.testing.assert_allclose(output_from_eps(eps, x, 0.3, prediction), out, atol=1e-14)
+    moved = eps_from_output(out + 0.1 * output_per_eps(0.3, prediction), x, 0.3, prediction)
+    np.testing.assert_allclose(moved - eps, 0.1, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
