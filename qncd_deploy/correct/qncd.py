@@ -1,0 +1,140 @@
+"""QNCD's runtime estimate of the quantization noise in the sampler ("inter noise", Chu et al., arXiv:2403.19140).
+
+Every `interval` steps the updated state is noised back with a known e1, x_re = sqrt(abar / abar') x' +
+sqrt(1 - abar / abar') e1, and run through the network once more. What it returns beside e1 is taken for its error:
+
+    m = pool(eps_q(x_re, t) - e1) - m_ref,        eps = eps_q - m_gain m   until the next refresh.
+
+            `qncd:paper`, the released code     `qncd`, repaired
+    e1      as drawn: its mean enters m         exactly zero-mean in each picture and channel
+    pool    one number for the whole batch      one for each picture and channel, so pictures do not mix
+    m_ref   0                                   the float model's mean of the same probe, per channel
+    m_gain  1                                   per row, the share of m that is an error of this row
+
+The repair of m_ref is needed because e1 is the noise of one step while the network was trained to return all of it, so
+that pool(eps - e1) is not zero for the float model either. The released code has the estimator in its PLMS sampler
+only, and computes a variance that it then sets to zero; both hold here for `qncd:paper`'s arithmetic, on any sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qncd_deploy.correct.fitting import ModelFor, Rollout
+from qncd_deploy.correct.record import StepFix
+from qncd_deploy.errors import CalibrationError
+from qncd_deploy.schedule import Prediction
+from qncd_deploy.specs import Array
+from qncd_deploy.steps import Step, eps_from_output
+
+INTERVAL = 10
+
+
+def refresh_calls(steps: Sequence[Step], *, interval: int = INTERVAL) -> tuple[int, ...]:
+    """Calls at which m is measured: step l (1-based, PLMS' doubled first step counted once) with
+    (l - 2) mod interval == interval // 2, as in the released code: steps 7, 17, ... for 10.
+
+    Fewer than 7 steps have none. Raises CalibrationError for an interval below 1.
+    """
+    if interval < 1:
+        raise CalibrationError(f"qncd: refresh interval {interval}, expected 1 or more.")
+    calls, number = [], 0
+    for call, step in enumerate(steps):
+        number += step.base == "current"
+        # an update that removes no noise cannot be noised back: the second call of PLMS' first step, a last step
+        # that stays at abar_0
+        probes = step.base == "current" and step.abar_next > step.abar
+        if probes and (number - 2) % interval == interval // 2:
+            calls.append(call)
+    return tuple(calls)
+
+
+def fit_paper(steps: Sequence[Step], *, interval: int = INTERVAL) -> tuple[StepFix, ...]:
+    """The released estimator: nothing to fit."""
+    calls = refresh_calls(steps, interval=interval)
+    return tuple(StepFix(refresh=call in calls, m_pool="batch") for call in range(len(steps)))
+
+
+def fit(
+    float_for: ModelFor,
+    quantized_for: ModelFor,
+    steps: Sequence[Step],
+    *,
+    rollout: Rollout,
+    batches: Iterable[Sequence[int]],
+    interval: int = INTERVAL,
+    prediction: Prediction = "epsilon",
+    shrink: bool = True,
+) -> tuple[StepFix, ...]:
+    """The repaired estimator, fitted by running both models through the sampling loop.
+
+    float_for, quantized_for: both networks by picture, on the engine that will run them.
+    rollout: the loop over `steps` (sample.rollout); batches: indices of the pictures to fit on.
+
+    m_ref is the mean of the float model's own probes. With `shrink`, m_gain of each row is the g in [0, 1] with the
+    least E|eps_q - g m - eps|^2 over the quantized model's own states: m is noisy and grows stale between refreshes,
+    and only the part of it that is error of this row should be subtracted. Without, m_gain is 1.
+    Cost, for n rows and r refreshes: n + r calls of the float network, and with shrink up to n more, and n + r of the
+    quantized one.
+    Raises CalibrationError without pictures, or if an estimate is not finite.
+    """
+    pictures = [tuple(batch) for batch in batches]
+    if not any(pictures):
+        raise CalibrationError("qncd: no pictures to fit on.")
+    calls = refresh_calls(steps, interval=interval)
+    if not calls:
+        return tuple(StepFix() for _ in steps)
+    measuring = tuple(StepFix(refresh=call in calls, m_gain=0.0) for call in range(len(steps)))
+    reference = _probe_means(float_for, rollout, pictures, measuring)
+    fixes = tuple(replace(fix, m_ref=reference[call]) if fix.refresh else fix for call, fix in enumerate(measuring))
+    gains = _gains(float_for, quantized_for, rollout, pictures, fixes, prediction) if shrink else [1.0] * len(steps)
+    return tuple(replace(fix, m_gain=gain) for fix, gain in zip(fixes, gains, strict=True))
+
+
+def _probe_means(
+    model_for: ModelFor, rollout: Rollout, batches: Sequence[Sequence[int]], fixes: Sequence[StepFix]
+) -> dict[int, np.ndarray]:
+    """Mean over pictures of what the probe measures at each refresh, (C,) float64 by call."""
+    probes: dict[int, list[Array]] = {}
+    for batch in batches:
+        for state in rollout(model_for, batch, fixes):
+            if fixes[state.call].refresh:
+                probes.setdefault(state.call, []).append(np.asarray(state.m).sum(axis=(0, 2, 3), dtype=np.float64))
+    count = sum(map(len, batches))
+    means = {call: np.sum(sums, axis=0) / count for call, sums in probes.items()}
+    _check_finite(means.values())
+    return means
+
+
+def _gains(
+    float_for: ModelFor,
+    quantized_for: ModelFor,
+    rollout: Rollout,
+    batches: Sequence[Sequence[int]],
+    fixes: Sequence[StepFix],
+    prediction: Prediction,
+) -> list[float]:
+    """g = <m, D> / <m, m> clipped to [0, 1], D the error of eps averaged over each picture and channel (only this part
+    of it can be met by m); 1 before the first probe."""
+    along, squared = np.zeros(len(fixes)), np.zeros(len(fixes))
+    for batch in batches:
+        predict = float_for(batch)
+        for state in rollout(quantized_for, batch, fixes):
+            if state.m is None:
+                continue
+            abar = state.step.abar_call
+            exact = eps_from_output(predict(state.x_in, state.step.t), state.x_in, abar, prediction)
+            error = eps_from_output(state.raw, state.x_in, abar, prediction) - exact
+            mean_error = error.mean(axis=(2, 3), keepdims=True)
+            along[state.call] += np.sum(state.m * mean_error, dtype=np.float64)
+            squared[state.call] += np.sum(np.square(state.m), dtype=np.float64)
+    _check_finite([along, squared])
+    return [float(np.clip(n / d, 0.0, 1.0)) if d else 1.0 for n, d in zip(along, squared, strict=True)]
+
+
+def _check_finite(values: Iterable[np.ndarray]) -> None:
+    if not all(np.isfinite(v).all() for v in values):
+        raise CalibrationError("qncd: the network returned NaN or infinity while fitting. Check the checkpoint.")
