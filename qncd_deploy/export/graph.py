@@ -1,8 +1,7 @@
 """Read a normalised graph: which input is which, where the weighted ops are, what each is for.
 
 Everything is told from structure, since names differ between families: the sample is the picture-shaped input, the
-timestep is what sine and cosine are taken of, and the part of the network that sees nothing but the timestep is the time
-path, whatever it is called.
+timestep is what sine and cosine are taken of, and what sees nothing but the timestep is the time path.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from qncd_deploy.export.passes.common import weighted_ops
 from qncd_deploy.quant.plan import LayerSite
 
 _log = logging.getLogger(__name__)
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul"})
+"""Operators that weights enter through; Gather is an embedding table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def find_inputs(model: ir.Model, *, sample: str | None = None, timestep: str | N
         sample = _only("sample", "4-D float", pictures, inputs)
     if timestep is None:
         vectors = [name for name, value in inputs.items() if len(value.shape) <= 1 and name != sample]
-        waves = [name for name in vectors if _feeds_wave(inputs[name])]
+        waves = [name for name in vectors if feeds_wave(inputs[name])]
         named = [name for name in vectors if name.lower() in _TIMESTEP_NAMES]
         for found in (waves, named, vectors):
             if len(found) == 1:
@@ -80,14 +82,14 @@ def _only(what: str, kind: str, found: list[str], inputs: Mapping[str, ir.Value]
     return found[0]
 
 
-def _feeds_wave(value: ir.Value) -> bool:
+def feeds_wave(value: ir.Value) -> bool:
     """Sine or cosine is taken of it before any weighted op sees it."""
     queue, seen = [value], {value}
     while queue:
         for node in queue.pop().consumers():
             if node.op_type in ("Sin", "Cos"):
                 return True
-            if node.op_type not in ("Conv", "Gemm", "MatMul", "Gather"):
+            if node.op_type not in WEIGHTED:
                 queue += [output for output in node.outputs if output not in seen]
                 seen.update(node.outputs)
     return False
@@ -148,10 +150,10 @@ class Flow:
 def find_sites(model: ir.Model, inputs: Inputs | None = None) -> tuple[LayerSite, ...]:
     """Every Conv, Gemm and MatMul with a weight, in graph order, with its role.
 
-    time: reached from the timestep only (labels may join in). label: reached from label vectors only. first: no weighted
-    op lies between the sample and it. last: no weighted op lies between it and an output. body: the rest; the note says
-    where a Linear of the body projects a condition (keys and values of cross-attention). A ConvTranspose, a batched or a
-    left-hand weight is not a site: it stays float and is logged.
+    time: reached from the timestep only (labels may join in). label: reached from label vectors only. first: no
+    weighted op lies between the sample and it. last: no weighted op lies between it and an output. body: the rest; the
+    note says where a Linear of the body projects a condition (keys and values of cross-attention). A ConvTranspose or
+    a batched weight is not a site: it stays float and is logged.
     """
     flow = Flow(model, inputs or find_inputs(model))
     sites = []

@@ -58,7 +58,7 @@ def _scale_shift(flow: Flow, a: ir.Value, conv2: str, edge: str) -> ResBlock | N
 
 
 def _halves(scale: ir.Value, shift: ir.Value) -> tuple[tuple[str, ...], bool]:
-    """The one (N, 2C) tensor that both are halves of, and whether the scale is its first half; else both, as they are."""
+    """The one (N, 2C) tensor that both are halves of, and whether the scale is its first half; else both edges."""
     scale, shift = _before_views(scale), _before_views(shift)
     whole, first = _half_of(scale)
     other, second = _half_of(shift)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qncd_deploy.errors import ExportError
@@ -19,8 +20,14 @@ class Broken(ExportError, ir.passes.PostconditionError):
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer of that name; made from array if there is none yet. Equal names must mean equal arrays."""
+    """The initializer of that name, made from array if there is none yet.
+
+    Raises: Refused if the graph has one of that name that holds something else.
+    """
     if (known := graph.initializers.get(name)) is not None:
+        held = known.const_value.numpy()
+        if held.dtype != np.asarray(array).dtype or not np.array_equal(held, array):
+            raise Refused(f"initializer {name!r}: the name is taken in this graph. Rename it.")
         return known
     tensor = ir.tensor(np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array), name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -49,6 +56,18 @@ def weighted_ops(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
                 yield node, weight
 
 
+def quantized_ops(graph: ir.Graph) -> list[ir.Node]:
+    """Every Conv, Gemm and MatMul whose weight is stored as integers, in graph order."""
+    return [
+        node
+        for node in graph
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+        and (source := node.inputs[1].producer()) is not None
+        and source.op_type == "DequantizeLinear"
+        and source.inputs[0].is_initializer()
+    ]
+
+
 def insert_before(node: ir.Node, op: str, inputs: list[ir.Value], name: str, **attributes: object) -> ir.Value:
     """Put one op right before node; its only output is called name and has the shape and type of inputs[0]."""
     value = ir.Value(name=name, shape=inputs[0].shape, type=inputs[0].type)
@@ -61,3 +80,20 @@ def insert_after(node: ir.Node, op: str, inputs: list[ir.Value], name: str, **at
     value = ir.Value(name=name, shape=inputs[0].shape, type=inputs[0].type)
     node.graph.insert_after(node, ir.node(op, inputs, attributes, outputs=[value], name=f"{name}/{op}"))
     return value
+
+
+def take_over(old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:
+    """Let new be read wherever old was, but for the node keep; if old is an output of the graph, new gets its name."""
+    for user, index in list(old.uses()):
+        if user is not keep:
+            user.replace_input_with(index, new)
+    graph = new.graph
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
+            old.name, new.name = f"{old.name}_inner", old.name
+
+
+def oldest_ir_version(opset: int) -> int:
+    """The oldest file format that holds this opset: old runtimes refuse newer ones whatever is inside."""
+    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])

@@ -1,8 +1,8 @@
 """Normalise a float graph: whatever exporter wrote it, the same few forms come out.
 
 Constants are initializers, a transposed, reshaped or cast parameter is an initializer under the parameter's own name,
-every Reshape has a constant target (the batch stays free), no op is left that does nothing, names are unique, and nothing
-tells of the machine that traced the network. Running it twice changes nothing the second time.
+every Reshape has a constant target (the batch stays free), no op is left that does nothing, names are unique, and
+nothing tells of the machine that traced the network. Running it twice changes nothing the second time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxscript import optimizer, version_converter
 
-from qncd_deploy.export.passes.common import Refused, constant, initializer, scalar, weighted_ops
+from qncd_deploy.export.passes.common import Refused, constant, initializer, oldest_ir_version, scalar, weighted_ops
 
 OPSET = 18
 NEWEST_OPSET = 20
@@ -49,12 +49,11 @@ def normalise(model: ir.Model) -> ir.Model:
             common_passes.CommonSubexpressionEliminationPass(),
             common_passes.RemoveUnusedNodesPass(),
             common_passes.TopologicalSortPass(),
-            common_passes.ClearMetadataAndDocStringPass(),
+            Forget(),
             NameNodes(),
         ):
             step(model)
-    model.producer_name, model.producer_version, model.domain, model.model_version = "qncd-deploy", None, None, None
-    model.metadata_props.clear()
+    model.ir_version = oldest_ir_version(model.opset_imports[""])
     return model
 
 
@@ -182,13 +181,19 @@ def _does_nothing(node: ir.Node) -> bool:
             perm = node.attributes.get("perm")
             return perm is not None and list(perm.as_ints()) == sorted(perm.as_ints())
         case "Mul" | "Div":
-            return scalar(node.inputs[1]) == 1 and _same_shape(x, y)
+            return scalar(_before_expand(node.inputs[1])) == 1 and _same_shape(x, y)
         case "Slice":
             steps = constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
             return steps is not None and (steps == 1).all() and _same_shape(x, y)
         case "Expand" | "Reshape":
             return _same_shape(x, y)
     return False
+
+
+def _before_expand(value: ir.Value) -> ir.Value:
+    """`timestep * ones(batch)` is how diffusers spreads one timestep over a batch."""
+    node = value.producer()
+    return node.inputs[0] if node is not None and node.op_type == "Expand" else value
 
 
 def _same_shape(x: ir.Value, y: ir.Value) -> bool:
@@ -201,7 +206,7 @@ def _unknown(dim: int | ir.SymbolicDim) -> bool:
 
 
 def _pin_target(node: ir.Node) -> bool:
-    """Give a Reshape whose output shape is known a constant target: 0 keeps a free axis in place, -1 is the one rest."""
+    """Give a Reshape of known output shape a constant target: 0 keeps a free axis in place, -1 is the one rest."""
     x, y = node.inputs[0], node.outputs[0]
     if node.inputs[1].is_initializer() or y.shape is None:
         return False
@@ -233,7 +238,8 @@ def _swap_last_axes(node: ir.Node) -> bool:
     x, y = flat.inputs[0], node.outputs[0]
     if x.shape is None or y.shape is None or flat.outputs[0].shape is None or len(x.shape) < 3:
         return False
-    if list(y.shape) != [*x.shape[:-2], x.shape[-1], x.shape[-2]] or list(flat.outputs[0].shape[1:]) != list(x.shape[-2:]):
+    *outer, rows, columns = x.shape
+    if list(y.shape) != [*outer, columns, rows] or list(flat.outputs[0].shape[1:]) != [rows, columns]:
         return False
     perm = [*range(len(x.shape) - 2), len(x.shape) - 1, len(x.shape) - 2]
     swapped = ir.node("Transpose", [x], {"perm": perm}, name=node.name)
@@ -282,6 +288,23 @@ class ShareConstants(ir.passes.InPlacePass):
 
 
 _LARGE = 1 << 16  # bytes; what is larger is a weight
+
+
+class Forget(ir.passes.InPlacePass):
+    """Drop metadata and doc strings: source lines, paths and module names of the machine that traced the network."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = common_passes.ClearMetadataAndDocStringPass()(model).modified
+        graph = model.graph
+        outputs = (output for node in graph for output in node.outputs)
+        for value in (*graph.inputs, *graph.initializers.values(), *outputs):
+            modified |= bool(value.metadata_props or value.doc_string)
+            value.metadata_props.clear()
+            value.doc_string = None
+        model.producer_name = "qncd-deploy"
+        model.producer_version = model.domain = model.model_version = model.doc_string = None
+        model.metadata_props.clear()
+        return ir.passes.PassResult(model, modified)
 
 
 class NameNodes(ir.passes.InPlacePass):

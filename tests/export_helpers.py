@@ -1,0 +1,161 @@
+"""Small networks, hand-made plans and runners shared by the exporter's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from qncd_deploy.export.graph import find_sites, instrument
+from qncd_deploy.export.save import save_siblings
+from qncd_deploy.quant.plan import LayerPlan, QuantPlan
+from qncd_deploy.specs import TensorSpec
+
+Arrays = dict[str, np.ndarray]
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Trained-looking parameters: no norm is the identity and no two tensors are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_((1.0 if name.endswith("weight") else 0.0) + 0.2 * noise)
+    return module.eval()
+
+
+def conditional_unet() -> tuple[torch.nn.Module, list[TensorSpec]]:
+    """Two levels, cross-attention on both, additive blocks."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
+    specs = [
+        TensorSpec("sample", "float32", ("batch", 4, 8, 8)),
+        TensorSpec("timestep", "float32", ("batch",)),
+        TensorSpec("encoder_hidden_states", "float32", ("batch", 3, 32)),
+    ]
+    return randomize(unet), specs
+
+
+def scale_shift_unet() -> tuple[torch.nn.Module, list[TensorSpec]]:
+    """Scale-shift blocks, class labels, attention with biased projections."""
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=5,
+        norm_num_groups=16,
+        attention_head_dim=16,
+    )
+    specs = [
+        TensorSpec("sample", "float32", ("batch", 3, 8, 8)),
+        TensorSpec("timestep", "float32", ("batch",)),
+        TensorSpec("class_labels", "int64", ("batch",)),
+    ]
+    return randomize(unet), specs
+
+
+def feeds_for(specs: list[TensorSpec], batch: int, seed: int = 0) -> Arrays:
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for spec in specs:
+        shape = [batch if isinstance(dim, str) else dim for dim in spec.shape]
+        if spec.dtype == "int64":
+            feeds[spec.name] = rng.integers(0, 5, shape)
+        elif len(shape) == 1:
+            feeds[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
+        else:
+            feeds[spec.name] = rng.standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+def run_torch(module: torch.nn.Module, feeds: Arrays) -> np.ndarray:
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        return module(**tensors, return_dict=False)[0].numpy()
+
+
+def run(model: ir.Model, feeds: Arrays, *, fused: Path | None = None) -> Arrays:
+    """ONNX Runtime on the CPU; every output by name. Without `fused`, op by op, as the standard defines them."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if fused is None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    else:
+        options.optimized_model_filepath = str(fused)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def minmax_plan(
+    model: ir.Model, feeds: Arrays, *, weight_bits: int = 8, act_bits: int = 8, skip: tuple[str, ...] = ()
+) -> QuantPlan:
+    """Symmetric min-max grids for every site of the body, written down by hand."""
+    sites = find_sites(model)
+    edges = {name for site in sites for name in (site.input, site.output)}
+    values = {**feeds, **run(instrument(model, edges), feeds)}
+    weights = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    layers = []
+    for site in sites:
+        fixed = dict(
+            name=site.name,
+            op=site.op,
+            shape=site.shape,
+            input=site.input,
+            output=site.output,
+            out_axis=site.out_axis,
+        )
+        if site.role != "body" or any(part in site.name for part in skip):
+            layers.append(LayerPlan(**fixed, reason=site.role))
+            continue
+        axes = tuple(axis for axis in range(len(site.shape)) if axis != site.out_axis)
+        weight_scale = np.abs(weights[site.name]).max(axes) / (2 ** (weight_bits - 1) - 1)
+        act_scale = np.float32(np.abs(values[site.input]).max() / (2 ** (act_bits - 1) - 1))
+        layers.append(
+            LayerPlan(
+                **fixed,
+                reason="body",
+                weight_bits=weight_bits,
+                act_bits=act_bits,
+                weight_scale=tuple(map(float, weight_scale.astype(np.float32))),
+                act_scale=float(act_scale),
+                act_zero=0,
+                output_amax=float(np.abs(values[site.output]).max()),
+            )
+        )
+    return QuantPlan(f"w{weight_bits}a{act_bits}", tuple(layers))
+
+
+def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:
+    difference = found.astype(np.float64) - expected
+    return float(np.sqrt((difference**2).mean() / (expected.astype(np.float64) ** 2).mean()))
+
+
+def saved(models: Mapping[str, ir.Model], folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_siblings(models, folder)
+    return folder
