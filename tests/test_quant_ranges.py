@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qncd_deploy.calib.observers import TensorStats
+from qncd_deploy.calib.observers import HALF_BINS, TensorStats
 from qncd_deploy.quant import ranges
-from qncd_deploy.quant.grid import fake_quantize
+from qncd_deploy.quant.grid import Grid, fake_quantize
 from qncd_deploy.quant.ranges import (
     SHRINKS,
     Range,
@@ -21,6 +23,7 @@ from qncd_deploy.quant.ranges import (
     mse_stats,
     percentile_stats,
     sqnr_db,
+    stats_error,
     stats_sqnr_db,
 )
 
@@ -105,6 +108,15 @@ def test_sqnr_of_the_histogram_is_that_of_the_values(name: str, bits: int, shrin
     measured = sqnr_db(x, fake_quantize(x, grid))
     # 40 000 values: the sampling spread of a mean of squares is about 1 %, 0.04 dB; three of those.
     assert stats_sqnr_db(stats_of(x), grid) == pytest.approx(measured, abs=0.15)
+
+
+def test_bins_a_quarter_of_a_step_wide_still_give_the_uniform_rounding_error() -> None:
+    """Values spread evenly lose scale^2 / 12; the histogram says so although it knows them to a bin only."""
+    even, outlier = stats_of((np.arange(1 << 20) + 0.5) * 2.0**-20), stats_of(np.array([100.0]))
+    stats = even.merge(outlier)  # bins of 1/64 from here on
+    stats = replace(stats, counts=np.where(np.arange(2 * HALF_BINS) > HALF_BINS + 64, 0, stats.counts), count=1 << 20)
+    grid = Grid(np.float32(4 * stats.bin_width), -128, 127)
+    assert stats_error(stats, grid) == pytest.approx(float(grid.scale) ** 2 / 12, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -30,7 +30,7 @@ FIT, HELD_OUT = samples(1), samples(2)
 
 
 def test_output_error_is_that_of_the_quantized_convolution() -> None:
-    s = LOUD.astype(np.float32) ** 0.5
+    s = np.random.default_rng(3).lognormal(0, 1, C).astype(np.float32)
     x, w = HELD_OUT / s.reshape(1, -1, 1, 1), WEIGHT * s.reshape(1, -1, 1, 1)
     xq = fake_quantize(x, POLICY.act_grid(TensorStats.of(FIT / s.reshape(1, -1, 1, 1), "x")))
     wq = fake_quantize(w, POLICY.weight_grid(w, 0))
@@ -46,6 +46,7 @@ def test_output_error_is_that_of_the_quantized_convolution() -> None:
 def test_a_factor_that_evens_out_loud_channels_is_kept() -> None:
     decision = accept("even", LOUD.astype(np.float32), WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert decision.kept
+    assert decision.error_before == output_error(ONES, WEIGHT, fit=FIT, judge=HELD_OUT, policy=POLICY)
     assert decision.error_after < decision.error_before / 10  # noise of an outlier-sized step, gone
 
 
