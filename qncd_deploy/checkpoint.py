@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -135,12 +136,17 @@ def finite_float32(tensor: Tensor, *, where: str, name: str) -> Tensor:
     return values
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of a library's message, for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not a complete safetensors file ({_one_line(error)}). Download or copy it again."
+            f"{path}: not a complete safetensors file ({one_line(error)}). Download or copy it again."
         ) from error
 
 
@@ -150,16 +156,17 @@ def _unpickled(path: Path, *, zipped: bool) -> Any:
         refused = next((name for name in foreign if not name.startswith(_INERT_PACKAGES)), None)
         if refused is None:
             # Lightning stores objects of its own beside the weights: an inert stand-in replaces them, none is imported.
-            with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+            with torch.serialization.safe_globals([(_Inert, name) for name in foreign]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of an unusual pickle, then refuses it: one line is enough
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:  # not zipped: code, or another file altogether
-        match = re.search(r"Unsupported (?:global|class): \S* ?([\w.]+)", str(error))
+        match = re.search(r"GLOBAL (\w[\w.]*)", str(error))
         if match is None:
             raise CheckpointError(f"{path}: not a torch checkpoint. Give the model's checkpoint file.") from error
         refused = match[1]
     except Exception as error:  # the reader has no error type of its own: RuntimeError, EOFError, KeyError, ...
         raise CheckpointError(
-            f"{path}: not a complete torch checkpoint ({_one_line(error)}). Download or copy it again."
+            f"{path}: not a complete torch checkpoint ({one_line(error)}). Download or copy it again."
         ) from error
     raise CheckpointError(
         f"{path}: asks to run or build '{refused}', expected weights alone; nothing of it was run. "
@@ -202,7 +209,3 @@ def _shape(shape: Iterable[int]) -> str:
 
 def _first(names: list[str], prefix: str, count: int = 3) -> str:
     return "first: " + ", ".join(f"'{prefix}{name}'" for name in names[:count])
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -29,7 +29,7 @@ from qncd_deploy.models.first_stage import (
 from qncd_deploy.models.ldm_config import Section, read_config
 from qncd_deploy.models.ldm_unet import build_unet, read_unet_params, unet_entry, unet_sources
 from qncd_deploy.models.source import Condition, SourceModel
-from qncd_deploy.schedule import Schedule, betas_of
+from qncd_deploy.schedule import Prediction, Schedule, betas_of
 
 _UNET, _EMA, _FIRST_STAGE, _COND = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model."
 _EMA_COUNTERS = ("decay", "num_updates")
@@ -39,7 +39,7 @@ _BUFFERS = (
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
     *("lvlb_weights", "logvar", "scale_factor", "cond_ids"),
 )
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # theirs: ours
 _TEXT_ENCODERS = ("BERTEmbedder", "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenCLIPTextEmbedder")
 _UNCONDITIONAL = "__is_unconditional__"

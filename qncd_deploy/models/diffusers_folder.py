@@ -1,6 +1,5 @@
 """A diffusers folder -> SourceModel: a pipeline with model_index.json, or just unet/, scheduler/ and perhaps vae/.
 
-
     unet/        UNet2DModel, or a UNet2DConditionModel without cross-attention; class labels through num_class_embeds
     scheduler/   scheduler_config.json: betas, prediction type, spacing
     vae/, vqvae/ AutoencoderKL or VQModel, of which the decoder is used; neither: the state is the picture
@@ -20,16 +19,25 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor, nn
 
-from qncd_deploy.checkpoint import load_weights, own_names, read_checkpoint
+from qncd_deploy.checkpoint import load_weights, one_line, own_names, read_checkpoint
 from qncd_deploy.errors import CheckpointError, UsageError
 from qncd_deploy.models.first_stage import Codebook, LatentDecoder
 from qncd_deploy.models.source import Condition, SourceModel
 from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
 
-_UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _WEIGHTS = "diffusion_pytorch_model"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
+
+
+class TextFreeUNet(UNet2DConditionModel):
+    """A UNet2DConditionModel without cross-attention, called like a UNet2DModel: it has no tokens to be given."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any:
+        return super().forward(sample, timestep, encoder_hidden_states=None, class_labels=class_labels)
+
+
+_UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": TextFreeUNet}
 
 
 def read(folder: Path, *, null_class: int | None, scheduler: str | None) -> SourceModel:
@@ -39,8 +47,9 @@ def read(folder: Path, *, null_class: int | None, scheduler: str | None) -> Sour
     _refuse_text(folder, index)
     unet_home = _home(folder, "unet")
     unet_config = _config(unet_home, "unet", files)
-    unet = _network(unet_home, "unet", unet_config, _UNETS, files)
+    unet = _build(unet_home, unet_config, _UNETS)
     _refuse_inputs(unet_home, unet.config)
+    _fill(unet, unet_home, "unet", files)
     latent_shape = (unet.config.in_channels, *_sides(unet_home, unet.config))
     decoder, image_shape = _decoder(folder, latent_shape, files)
     schedule_config = _config(_home(folder, "scheduler"), "scheduler", files, name="scheduler_config.json")
@@ -96,27 +105,26 @@ def _config(home: Path, part: str, files: dict[str, Path], *, name: str = "confi
     return data
 
 
-def _network(
-    home: Path, part: str, config: Mapping[str, Any], classes: Mapping[str, type], files: dict[str, Path]
-) -> nn.Module:
-    """Build the module that config.json names, on the meta device, and fill it."""
+def _build(home: Path, config: Mapping[str, Any], classes: Mapping[str, Any]) -> Any:
+    """The diffusers model that config.json describes, on the meta device."""
     path, kind = home / "config.json", config.get("_class_name")
     if kind not in classes:
         raise CheckpointError(f"{path}: _class_name is {kind!r}, only {' and '.join(classes)} are supported.")
     try:
         with torch.device("meta"):
-            module = classes[kind].from_config(dict(config))
+            return classes[kind].from_config(dict(config))
     except Exception as error:  # whatever a wrong entry makes the constructor raise
-        raise CheckpointError(f"{path}: {kind} cannot be built from it ({str(error).splitlines()[0]}).") from error
+        raise CheckpointError(f"{path}: {kind} cannot be built from it ({one_line(error)}).") from error
+
+
+def _fill(module: nn.Module, home: Path, part: str, files: dict[str, Path]) -> None:
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(home):
         tensors |= read_checkpoint(file).tensors
         files[f"{part}/{file.name}"] = file
     renamed = {_modern(name): tensor for name, tensor in tensors.items()}
-    load_weights(
-        module, own_names(module), renamed, where=str(home), asked_by=str(path), blame=lambda key, dim: str(path)
-    )
-    return module
+    config = str(home / "config.json")
+    load_weights(module, own_names(module), renamed, where=str(home), asked_by=config, blame=lambda key, dim: config)
 
 
 def _weight_files(home: Path) -> list[Path]:
@@ -191,7 +199,7 @@ def _decoder(
     if part is None:
         return None, latent_shape
     home = folder / part
-    vae = _network(home, part, _config(home, part, files), _AUTOENCODERS, files)
+    vae = _build(home, _config(home, part, files), _AUTOENCODERS)
     config = vae.config
     for entry in ("latents_mean", "latents_std", "shift_factor", "lookup_from_codebook"):
         if config.get(entry):
@@ -202,6 +210,7 @@ def _decoder(
     expected = config.latent_channels if config.get("vq_embed_dim") is None else config.vq_embed_dim
     if expected != channels:
         raise CheckpointError(f"{home / 'config.json'}: decodes {expected} channels, the UNet has {channels}.")
+    _fill(vae, home, part, files)
     codebook = None
     if isinstance(vae, VQModel):
         with torch.device("meta"):

@@ -129,7 +129,7 @@ def build_decoder(params: FirstStageParams, scale_factor: float) -> LatentDecode
         decoder = Decoder(
             in_channels=params.z_channels,
             out_channels=params.out_channels,
-            up_block_types=[f"{'Attn' if on else ''}UpDecoderBlock2D" for on in reversed(params.attention)],
+            up_block_types=tuple(f"{'Attn' if on else ''}UpDecoderBlock2D" for on in reversed(params.attention)),
             block_out_channels=params.channels,
             layers_per_block=params.num_res_blocks,
             norm_num_groups=_GROUPS,
