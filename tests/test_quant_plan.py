@@ -242,3 +242,5 @@ def test_files_of_another_version_are_refused() -> None:
         QuantPlan.from_json(data | {"layers": [data["layers"][0] | {"colour": 1}]})
     with pytest.raises(PlanError, match=r"incomplete \(.*'reason'"):
         QuantPlan.from_json(data | {"layers": [{k: v for k, v in data["layers"][0].items() if k != "reason"}]})
+    with pytest.raises(PlanError, match="no format or no list of layers"):
+        QuantPlan.from_json({"schema": 1, "format": "w8a8"})

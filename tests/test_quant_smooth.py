@@ -8,10 +8,11 @@ import pytest
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.quant.grid import fake_quantize
 from qncd_deploy.quant.policy import Policy
+from qncd_deploy.quant.qncd import ResBlock
 
 torch = pytest.importorskip("torch")
 
-from qncd_deploy.quant.smooth import accept, choose, output_error  # noqa: E402 - needs torch
+from qncd_deploy.quant.smooth import ALPHAS, METHODS, accept, candidates, choose, output_error  # noqa: E402 - needs torch
 
 C = 16
 RNG = np.random.default_rng(0)
@@ -60,10 +61,10 @@ def test_no_smoothing_is_never_kept_as_an_improvement() -> None:
 
 
 def test_the_best_candidate_is_chosen() -> None:
-    candidates = {f"alpha {a}": (LOUD**a).astype(np.float32) for a in (-0.5, 0.0, 0.25, 1.0)}
-    decision = choose(candidates, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    factors = {f"alpha {a}": (LOUD**a).astype(np.float32) for a in (-0.5, 0.0, 0.25, 1.0)}
+    decision = choose(factors, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert decision.label == "alpha 1.0" and decision.kept
-    np.testing.assert_array_equal(decision.factors, candidates["alpha 1.0"])
+    np.testing.assert_array_equal(decision.factors, factors["alpha 1.0"])
 
 
 @pytest.mark.parametrize("policy", [Policy.for_format("w4a8"), Policy.for_format("w4a6", act_method="minmax")])
@@ -77,3 +78,23 @@ def test_silent_samples_and_weights_are_no_division_by_zero() -> None:
     decision = accept("even", LOUD.astype(np.float32), WEIGHT, fit=silent, held_out=silent, policy=POLICY)
     assert (decision.error_before, decision.error_after, decision.kept) == (0, 0, False)
     assert output_error(ONES, WEIGHT * 0, fit=FIT, judge=HELD_OUT, policy=POLICY) == 0
+
+
+BLOCK = ResBlock("conv2.weight", "u", np.ones(C), np.zeros(C), 4, "additive", ("emb",))
+EMBEDDING = {"emb": np.random.default_rng(4).normal(size=(5, C))}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_candidates_of_every_method(method: str) -> None:
+    amax = np.abs(FIT).max(axis=(0, 2, 3))
+    found = candidates(method, BLOCK, WEIGHT, embedding=EMBEDDING, channel_amax=amax)
+    assert len(found) == (1 if method == "qncd:paper" else len(ALPHAS))
+    decision = choose(found, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    assert decision.kept == (method != "qncd:paper")  # its embedding knows nothing of the loud channels here
+    assert decision.label.startswith(method)
+
+
+def test_a_given_alpha_is_the_only_candidate() -> None:
+    found = candidates("qncd", BLOCK, WEIGHT, embedding=EMBEDDING, channel_amax=LOUD, alpha=1.0)
+    assert list(found) == ["qncd alpha 1"]
+    np.testing.assert_array_equal(found["qncd alpha 1"], np.minimum(LOUD, 8).astype(np.float32))

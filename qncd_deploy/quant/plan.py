@@ -174,6 +174,8 @@ class QuantPlan:
             raise PlanError(
                 f"plan.json: schema {data.get('schema')!r}, this version reads {SCHEMA}. Export the bundle again."
             )
+        if not isinstance(data.get("layers"), list) or "format" not in data:
+            raise PlanError("plan.json: no format or no list of layers. Export the bundle again.")
         return cls(str(data["format"]), tuple(LayerPlan.from_json(layer) for layer in data["layers"]))
 
     def dumps(self) -> str:

@@ -18,6 +18,43 @@ from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.quant.fold import fold_smoothing
 from qncd_deploy.quant.grid import fake_quantize
 from qncd_deploy.quant.policy import Policy
+from qncd_deploy.quant.qncd import ResBlock, paper_factors, repaired_factors
+from qncd_deploy.quant.smoothquant import smoothquant_factors
+
+METHODS = ("qncd", "qncd:paper", "smoothquant")
+ALPHAS = (0.25, 0.5, 0.75)
+"""How much of a channel's range moves into the weight, where the user does not say."""
+
+MIN_GAIN = 0.02
+"""The least relative fall of the error that is worth one more multiplication in the graph, and no accident."""
+
+
+def candidates(
+    method: str,
+    block: ResBlock,
+    weight: np.ndarray,
+    *,
+    embedding: Mapping[str, np.ndarray],
+    channel_amax: np.ndarray | None,
+    alpha: float | None = None,
+) -> dict[str, np.ndarray]:
+    """Factors of one block by label: one per alpha (of ALPHAS, or the given one); the published form has none to
+    choose.
+
+    embedding: rows of the block's embedding edges. channel_amax (C,): largest |x| per channel of the convolution's
+    input in calibration; "qncd" without it bounds the input by the embedding, "smoothquant" needs it.
+    """
+    if method == "qncd:paper":
+        return {method: paper_factors(block, embedding)}
+    found = {}
+    for a in ALPHAS if alpha is None else (alpha,):
+        if method == "qncd":
+            s = repaired_factors(block, embedding, alpha=a, channel_amax=channel_amax)
+        else:
+            assert method == "smoothquant" and channel_amax is not None, method
+            s = smoothquant_factors(weight, channel_amax, alpha=a)
+        found[f"{method} alpha {a:g}"] = s
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,25 +69,25 @@ class Decision:
 
     @property
     def kept(self) -> bool:
-        return self.error_after < self.error_before
+        return self.error_after < (1 - MIN_GAIN) * self.error_before
 
 
 def choose(
-    candidates: Mapping[str, np.ndarray],
+    factors: Mapping[str, np.ndarray],
     weight: np.ndarray,
     *,
     fit: np.ndarray,
     held_out: np.ndarray,
     policy: Policy,
 ) -> Decision:
-    """The best of several factors by output error on `fit`, judged on `held_out`; candidates by label, not empty.
+    """The best of several factors by output error on `fit`, judged on `held_out`; factors by label, at least one.
 
     weight (O, C, kh, kw) unsmoothed; fit, held_out (N, C, H, W) float32 samples of the convolution's unsmoothed input.
     Activation ranges come from `fit` for both.
     """
-    errors = {label: output_error(s, weight, fit=fit, judge=fit, policy=policy) for label, s in candidates.items()}
+    errors = {label: output_error(s, weight, fit=fit, judge=fit, policy=policy) for label, s in factors.items()}
     best = min(errors, key=errors.__getitem__)
-    return accept(best, candidates[best], weight, fit=fit, held_out=held_out, policy=policy)
+    return accept(best, factors[best], weight, fit=fit, held_out=held_out, policy=policy)
 
 
 def accept(
@@ -58,7 +95,7 @@ def accept(
 ) -> Decision:
     """Judge one factor on held-out samples; arguments as in `choose`."""
     before, after = (
-        output_error(factors, weight, fit=fit, judge=held_out, policy=policy) for factors in (np.ones_like(s), s)
+        output_error(tried, weight, fit=fit, judge=held_out, policy=policy) for tried in (np.ones_like(s), s)
     )
     return Decision(label, s, before, after)
 
