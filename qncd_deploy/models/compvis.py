@@ -54,6 +54,7 @@ def read(path: Path, config: Path | None, *, null_class: int | None, scheduler: 
     if model.target() != "LatentDiffusion":
         model.fail("target", f"is {model.target()}, only LatentDiffusion is supported.")
     params = model.section("params")
+    _refuse_text(params)
     notes: list[str] = []
 
     unet_config = params.section("unet_config")
@@ -110,6 +111,12 @@ def _check_family(checkpoint: Checkpoint) -> None:
         )
 
 
+def _refuse_text(params: Section) -> None:
+    stage = params.entries.get("cond_stage_config")
+    if isinstance(stage, Mapping) and str(stage.get("target")).rpartition(".")[2] in _TEXT_ENCODERS:
+        params.fail("cond_stage_config.target", f"is {stage['target']}: text encoders are not supported yet.")
+
+
 def _config_beside(path: Path) -> Path:
     places = (path.with_name("config.yaml"), path.with_suffix(".yaml"))
     for place in places:
@@ -147,8 +154,6 @@ def _condition(checkpoint: Checkpoint, params: Section, unet: Section, null_clas
             raise UsageError(f"--null-class {null_class}: {where} is not class-conditional. Leave it out.")
         return None
     section = params.section("cond_stage_config")
-    if section.target() in _TEXT_ENCODERS:
-        section.fail("target", f"is {section.target()}: text encoders are not supported yet.")
     if section.target() != "ClassEmbedder":
         section.fail("target", f"is {section.target()}, only ClassEmbedder is supported.")
     conditioning = params.get("conditioning_key", "crossattn")
