@@ -24,14 +24,14 @@ UNARY = ("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Identity", "LeakyRelu", "
 UNARY += ("Softplus", "Tanh")
 BINARY = ("Add", "Div", "Max", "Min", "Mul", "Sub", "Sum", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 
-# One line each: operator covered (and an opset other than 18), inputs, body. Values: x ~ N(0, 1), p > 0, i, j int64 in [1, 4], b bool, q int8.
+# Operator covered (and an opset other than 18): inputs, body. x ~ N(0, 1), p > 0, i and j in 1 .. 4, b bool, q int8.
 CASES: dict[str, tuple[str, str]] = {
     **{name: (X, f"y = {name}(x)") for name in UNARY},
     **{name: (POSITIVE, f"y = {name}(p)") for name in ("Log", "Reciprocal", "Sqrt")},
     **{name: (f"{X}, {POSITIVE}", f"y = {name}(x, p)") for name in BINARY},
     **{name: ("bool[3,4] b, bool[4] c", f"y = {name}(b, c)") for name in ["And", "Or"]},
     **{
-        f"{name} {form}": (X, f"axes = Constant<value_ints=[1,-1]>() y = {name}<keepdims={form}>(x, axes)")
+        f"{name} keepdims={form}": (X, f"axes = Constant<value_ints=[1,-1]>() y = {name}<keepdims={form}>(x, axes)")
         for name in ["ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"]
         for form in (0, 1)
     },

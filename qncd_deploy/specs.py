@@ -1,0 +1,59 @@
+"""The narrow contracts between stages: what a tensor is called, what a network looks like to the sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Array = Any
+"""A NumPy array or a device array with the same operators; the sampling loop never asks which."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, NumPy dtype name and shape of one graph input or output; a string in the shape is a free dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+
+
+class EpsModel(Protocol):
+    """The network as the sampling loop sees it: guidance, labels and engine are already inside.
+
+    x is (N, C, H, W) float32; t is the timestep all N pictures share. Returns the raw network output
+    (eps, v or x0 by the schedule's prediction type) after guidance, in the shape and dtype of x.
+    """
+
+    def __call__(self, x: Array, t: float) -> Array: ...
+
+
+class NoiseSource(Protocol):
+    """Seeded Gaussian noise for a batch: separate streams, so that a probe never shifts the sampler's own noise."""
+
+    def step(self) -> Array:
+        """z ~ N(0, I) of the sampler's next stochastic step, (N, C, H, W) float32."""
+        ...
+
+    def probe(self) -> Array:
+        """e ~ N(0, I) for a runtime probe (QNCD's e1) or an injected residual, (N, C, H, W) float32."""
+        ...
+
+
+class Engine(Protocol):
+    """Named arrays in, named arrays out. Whoever opens an engine closes it; its outputs belong to the caller."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def close(self) -> None: ...

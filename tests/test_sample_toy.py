@@ -1,0 +1,187 @@
+"""The host loop on Gaussian data, where every published correction has a known effect.
+
+x_0 ~ N(0.3, 0.5^2), the exact eps-predictor e, a "quantized" one q = 1.05 e + 0.02 + 0.15 n, 20 DDIM steps
+(t = 951, ..., 1, last target abar = 1). Each correction is fitted on an independent float run and written as StepFix
+rows; expected are the spread of the samples relative to the float run's, and their rms distance from it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+
+from qncd_deploy.correct.record import StepFix, fixed_steps
+from qncd_deploy.sample import PictureNoise, denoise
+from qncd_deploy.schedule import Schedule
+from qncd_deploy.steps import SamplerConfig, make_steps
+
+SCHEDULE = replace(Schedule.scaled_linear(0.0015, 0.0195), final_abar=1.0)
+MEAN, SPREAD = 0.3, 0.5
+K, MU, NOISE = 0.05, 0.02, 0.15
+PICTURES, SHAPE = 64, (1, 64, 64)
+COUNT = PICTURES * math.prod(SHAPE)
+FIT_SEED, EVAL_SEED = 1, 2
+
+
+def exact(x, t):
+    """E[eps | x] for Gaussian data."""
+    abar = SCHEDULE.alphas_cumprod[int(t)]
+    a, var = math.sqrt(abar), abar * SPREAD**2 + 1 - abar
+    return ((x - a * MEAN) * (math.sqrt(1 - abar) / var)).astype(np.float32)
+
+
+def quantized(seed, *, fixed):
+    """q with fresh noise at every call, or with the same at all of them."""
+    rng = np.random.default_rng(seed)
+    kept = rng.standard_normal((PICTURES, *SHAPE), dtype=np.float32)
+
+    def predict(x, t):
+        n = kept if fixed else rng.standard_normal(x.shape, dtype=np.float32)
+        return (1 + K) * exact(x, t) + np.float32(MU) + np.float32(NOISE) * n
+
+    return predict
+
+
+def run(predict, eta, seed, fixes=None):
+    config = SamplerConfig("ddim", 20, eta)
+    steps = make_steps(SCHEDULE, config) if fixes is None else fixed_steps(SCHEDULE, config, fixes)
+    noise = PictureNoise(seed, range(PICTURES), SHAPE)
+    return denoise(predict, noise.initial(), steps, noise=noise, fixes=fixes)
+
+
+@lru_cache
+def pairs(eta):
+    """(mean e, mean q, var e, var q, cov) per step along a float run: teacher-forced."""
+    predict = quantized(FIT_SEED, fixed=False)
+    found = []
+    for state in run(exact, eta, FIT_SEED):
+        e, q = state.raw.astype(np.float64).ravel(), predict(state.x_in, state.step.t).astype(np.float64).ravel()
+        cov = np.cov(e, q)
+        found.append((state.step, e.mean(), q.mean(), cov[0, 0], cov[1, 1], cov[0, 1]))
+    return found
+
+
+def unbiased(eta, **more):
+    """PTQD: q = (1 + k) e + mu + r."""
+    rows = []
+    for step, e, q, var_e, var_q, cov in pairs(eta):
+        slope = cov / var_e
+        rest = (var_q - cov**2 / var_e) / slope**2
+        fix = StepFix(a=1 / slope, b=-(q - slope * e) / slope)
+        rows.append(replace(fix, **{name: make(step, rest) for name, make in more.items()}))
+    return rows
+
+
+def least_squares(eta):
+    """D2-DPM's conditional mean: E[e | q]."""
+    return [StepFix(a=cov / var_q, b=e - cov / var_q * q) for _, e, q, _, var_q, cov in pairs(eta)]
+
+
+def paper_variance(eta):
+    return unbiased(eta, var=lambda _, rest: rest)
+
+
+def code_variance(eta):
+    return unbiased(eta, var=lambda _, rest: rest, coef=lambda *_: "s_eff")
+
+
+def q_drift(eta):
+    def gain(step, rest):
+        sigma, target = (math.sqrt(1 / v - 1) for v in (step.abar, step.abar_next))
+        return 1 + (sigma - target) / (2 * sigma) * rest
+
+    return unbiased(eta, gain=gain)
+
+
+def dns(eta):
+    """Aim at p = abar' (1 + B(p)^2 V), then scale back by sqrt(abar' / p); not in the last step."""
+
+    def direction(abar, p):
+        return math.sqrt(1 - p) - math.sqrt(p * (1 - abar) / abar)
+
+    def target(step, rest):
+        if step.abar_next == 1:
+            return None
+        return brentq(
+            lambda p: step.abar_next * (1 + direction(step.abar, p) ** 2 * rest) - p, step.abar_next, 1, xtol=1e-14
+        )
+
+    def scale(step, rest):
+        p = target(step, rest)
+        return 1.0 if p is None else math.sqrt(step.abar_next / p)
+
+    return unbiased(eta, abar_next=target, x_mul=scale)
+
+
+def ibc(eta, *, fixed):
+    """Mean difference of the free-running trajectories, largest t first, each with the earlier ones corrected."""
+    float_run = [s.x_in.mean(dtype=np.float64) for s in run(exact, eta, FIT_SEED)]
+    rows = [StepFix()] * 20
+    for call in range(1, 20):
+        states = run(quantized(FIT_SEED, fixed=fixed), eta, FIT_SEED, rows)
+        drift = next(float_run[call] - s.x_in.mean(dtype=np.float64) for s in states if s.call == call)
+        rows[call] = StepFix(x_add=drift)
+    return rows
+
+
+# rows: eta, whether the noise is the same at all steps; columns: (spread ratio, rms distance)
+TABLE = {
+    (0.0, False): {
+        "none": (0.781, 0.144),
+        "unbiased": (1.024, 0.092),
+        "paper variance": (1.024, 0.092),
+        "code variance": (1.024, 0.092),
+        "least squares": (1.175, 0.117),
+        "q-drift": (1.007, 0.092),
+        "dns": (0.987, 0.093),
+        "ibc": (0.781, 0.136),
+    },
+    (1.0, False): {
+        "none": (0.945, 0.078),
+        "unbiased": (1.013, 0.064),
+        "paper variance": (1.000, 0.067),
+        "code variance": (1.048, 0.067),
+        "least squares": (1.087, 0.070),
+        "ibc": (0.945, 0.073),
+    },
+    (0.0, True): {
+        "none": (1.117, 0.372),
+        "unbiased": (1.330, 0.378),
+        "paper variance": (1.330, 0.378),
+        "code variance": (1.330, 0.378),
+        "least squares": (1.471, 0.400),
+        "q-drift": (1.316, 0.377),
+        "dns": (1.295, 0.374),
+        "ibc": (1.117, 0.369),
+    },
+}
+FITS = {
+    "none": lambda eta, fixed: None,
+    "unbiased": lambda eta, fixed: unbiased(eta),
+    "paper variance": lambda eta, fixed: paper_variance(eta),
+    "code variance": lambda eta, fixed: code_variance(eta),
+    "least squares": lambda eta, fixed: least_squares(eta),
+    "q-drift": lambda eta, fixed: q_drift(eta),
+    "dns": lambda eta, fixed: dns(eta),
+    "ibc": lambda eta, fixed: ibc(eta, fixed=fixed),
+}
+CASES = [(eta, fixed, name, *values) for (eta, fixed), row in TABLE.items() for name, values in row.items()]
+
+
+@lru_cache
+def float_samples(eta):
+    *_, last = run(exact, eta, EVAL_SEED)
+    return last.x.astype(np.float64)
+
+
+@pytest.mark.parametrize(("eta", "fixed", "name", "ratio", "distance"), CASES)
+def test_toy_table(eta, fixed, name, ratio, distance):
+    *_, last = run(quantized(EVAL_SEED, fixed=fixed), eta, EVAL_SEED, FITS[name](eta, fixed))
+    reference = float_samples(eta)
+    samples = last.x.astype(np.float64)
+    print(f"{samples.std() / reference.std():.4f} {np.sqrt(np.mean((samples - reference) ** 2)):.4f} vs {ratio} {distance}")
