@@ -52,6 +52,13 @@ def test_a_tensor_named_twice_is_counted_once() -> None:
     assert observe(Network(), batches(1), ["t01", "t01"])["t01"].count == 8 * SIZES["t01"]
 
 
+def test_an_input_of_the_network_is_read_off_the_batch() -> None:
+    data, network = batches(2), Network()
+    found = observe(network, data, ["t01", "x"])
+    assert list(found) == ["t01", "x"] and found["x"].count == 16
+    assert all("x" not in part for part in network.asked)
+
+
 def test_no_batches_are_refused() -> None:
     with pytest.raises(CalibrationError, match="no batches, expected at least one"):
         observe(Network(), [], ["t00"])

@@ -12,7 +12,7 @@ from qncd_deploy.quant.qncd import ResBlock
 
 torch = pytest.importorskip("torch")
 
-from qncd_deploy.quant.smooth import ALPHAS, METHODS, accept, candidates, choose, output_error  # noqa: E402 - needs torch
+from qncd_deploy.quant.smooth import ALPHAS, METHODS, Decision, accept, candidates, choose, output_error  # noqa: E402 - needs torch
 
 C = 16
 RNG = np.random.default_rng(0)
@@ -58,6 +58,11 @@ def test_a_factor_that_hurts_is_not_kept() -> None:
 
 def test_no_smoothing_is_never_kept_as_an_improvement() -> None:
     assert not accept("none", ONES, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY).kept
+
+
+def test_a_gain_too_small_for_a_multiplication_is_not_kept() -> None:
+    assert not Decision("s", ONES, error_before=1.0, error_after=0.985).kept
+    assert Decision("s", ONES, error_before=1.0, error_after=0.975).kept
 
 
 def test_the_best_candidate_is_chosen() -> None:

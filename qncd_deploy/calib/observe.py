@@ -28,7 +28,7 @@ def observe(
     """Statistics of every named tensor over all batches, in the order of `names`.
 
     The first batch tells how large the tensors are; from then on as many are fetched per run as fit into budget_bytes
-    together, at least one.
+    together, at least one. Names that are inputs of the network are read off the batch: a graph does not return those.
 
     Raises: CalibrationError if there is no batch, or a tensor is empty or not finite (the message names it).
     """
@@ -36,15 +36,21 @@ def observe(
     stats: dict[str, TensorStats] = {}
     sizes: dict[str, int] = {}
     for feeds in batches:
-        for part in _parts(names, sizes, budget_bytes):
+        inner = [name for name in names if name not in feeds]
+        _merge(stats, [name for name in names if name in feeds], feeds)
+        for part in _parts(inner, sizes, budget_bytes):
             outputs = run(feeds, part)
-            for name in part:
-                sizes[name] = outputs[name].nbytes
-                seen = TensorStats.of(outputs[name], name)
-                stats[name] = stats[name].merge(seen) if name in stats else seen
+            sizes.update({name: outputs[name].nbytes for name in part})
+            _merge(stats, part, outputs)
     if names and not stats:
         raise CalibrationError("calibration: no batches, expected at least one. Check the calibration set.")
     return {name: stats[name] for name in names}
+
+
+def _merge(stats: dict[str, TensorStats], names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
+    for name in names:
+        seen = TensorStats.of(arrays[name], name)
+        stats[name] = stats[name].merge(seen) if name in stats else seen
 
 
 def _parts(names: Sequence[str], sizes: Mapping[str, int], budget_bytes: int) -> Iterator[list[str]]:
