@@ -63,6 +63,11 @@ def test_merging_is_exact_in_any_order(parts: list[np.ndarray], random) -> None:
     same(merged, whole)
 
 
+def test_a_negative_value_that_underflows_keeps_its_side() -> None:
+    values = np.float32([1.5e20, -1.5e-29])
+    same(flat(values[:1]).merge(flat(values[1:])), flat(values))
+
+
 def test_a_range_that_grows_beyond_the_histogram_leaves_two_bins() -> None:
     small, large = flat(np.array([-1e-20, 1e-20, 0.0])), flat(np.array([1e20]))
     merged = small.merge(large)

@@ -1,9 +1,9 @@
 """Streaming statistics of one tensor: extremes, power, per-channel magnitudes and a histogram, in bounded memory.
 
-The histogram counts floor(x / w) in -HALF_BINS .. HALF_BINS - 1, where HALF_BINS * w = 2**exponent is the smallest
-power of two above every |x| seen. When a larger value arrives, w doubles and neighbouring bins are added. Since
-floor(floor(x / w) / 2) == floor(x / 2w), the counts depend on the set of values alone: not on their order, their
-batching, or the order of merges. Every value is counted; nothing is subsampled.
+The histogram counts k = trunc(|x| / w) for either sign, k < HALF_BINS, where HALF_BINS * w = 2**exponent is the
+smallest power of two above every |x| seen. When a larger value arrives, w doubles and neighbouring bins are added.
+Since trunc(trunc(a / w) / 2) == trunc(a / 2w), the counts depend on the set of values alone: not on their order,
+their batching, or the order of merges. Every value is counted; nothing is subsampled.
 """
 
 from __future__ import annotations
@@ -131,14 +131,18 @@ def _channel_extremes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _histogram(x: np.ndarray, exponent: int) -> tuple[np.ndarray, float]:
-    """Counts of floor(x / w) and sum of squares (accumulated in float64) of a flat float32 array."""
-    per_width = np.float32(math.ldexp(HALF_BINS, -exponent))  # a power of two: the product is exact
+    """Counts per bin and sum of squares (accumulated in float64) of a flat float32 array."""
+    per_width = np.float32(
+        math.ldexp(HALF_BINS, -exponent)
+    )  # a power of two: exact, but for underflow to a signed zero
     counts = np.zeros(2 * HALF_BINS, np.int64)
     sum_square = 0.0
     for start in range(0, x.size, _CHUNK):
         chunk = x[start : start + _CHUNK]
-        index = np.floor(chunk * per_width).astype(np.intp)
+        scaled = chunk * per_width
+        index = scaled.astype(np.intp)  # toward zero
         index += HALF_BINS
+        index -= np.signbit(scaled)  # kept by what is too small to stay nonzero
         counts += np.bincount(index, minlength=2 * HALF_BINS)
         wide = chunk.astype(np.float64)
         sum_square += float(wide @ wide)

@@ -84,7 +84,7 @@ def percentile_stats(stats: TensorStats, *, percentile: float) -> Range:
     """The value that `percentile` % of all |x| do not exceed, interpolated within its bin; 100 is the largest |x|."""
     assert 0 < percentile <= 100
     negative, positive = np.split(stats.counts, 2)
-    cumulative = np.cumsum(positive + negative[::-1])  # bin k: k w <= |x| <= (k + 1) w
+    cumulative = np.cumsum(positive + negative[::-1])  # bin k: k w <= |x| < (k + 1) w
     wanted = percentile / 100 * stats.count
     k = int(np.searchsorted(cumulative, wanted))
     below = cumulative[k - 1] if k else 0
