@@ -258,17 +258,16 @@ def _mixed(weights: Array, planes: Array) -> Array:
 
 
 def _filtered(kernel: Array, q: Array, x: Array) -> Array:
-    """3x3 convolution of [q, x] (N, 2C, H, W) with (C, 2C, 3, 3), zero padding: the products of all nine taps at once,
-    then each shifted into place. Slices and products are all it takes, on any kind of array."""
-    n, c, h, w = q.shape
-    taps = kernel.reshape(c, 2 * c, 9).swapaxes(1, 2).reshape(9 * c, 2 * c)
-    products = (_mixed(taps[:, :c], q) + _mixed(taps[:, c:], x)).reshape(n, c, 9, h, w)
-    out = 1 * products[:, :, 4]
+    """3x3 convolution of [q, x] (N, 2C, H, W) with (C, 2C, 3, 3), zero padding: tap by tap over whole planes, each then
+    shifted into place, so that slices and products are all it takes, on any kind of array."""
+    c, (h, w) = q.shape[1], q.shape[2:]
+    taps = kernel.reshape(c, 2 * c, 9)
+    out = _mixed(taps[:, :c, 4], q) + _mixed(taps[:, c:, 4], x)
     for tap in (0, 1, 2, 3, 5, 6, 7, 8):
         dy, dx = tap // 3 - 1, tap % 3 - 1
         to = (..., slice(max(0, -dy), h - max(0, dy)), slice(max(0, -dx), w - max(0, dx)))
         of = (..., slice(max(0, dy), h + min(0, dy)), slice(max(0, dx), w + min(0, dx)))
-        out[to] += products[:, :, tap][of]
+        out[to] += (_mixed(taps[:, :c, tap], q) + _mixed(taps[:, c:, tap], x))[of]
     return out
 
 

@@ -244,6 +244,14 @@ def test_plms_history_holds_the_corrected_output_once():
     assert np.abs(states[4].eps - states[4].raw).max() > 1e-3
 
 
+def test_plms_second_call_is_seen_from_the_target():
+    """Its base is the saved state, but its output belongs to the state and the timestep that the network saw."""
+    state = run(name="plms", n_steps=8, prediction="v_prediction")[1]
+    abar = SCHEDULE.alphas_cumprod[int(state.step.t)]
+    expected = math.sqrt(abar) * state.raw + math.sqrt(1 - abar) * state.x_in
+    np.testing.assert_allclose(state.eps, expected, atol=4 * 8 * 2.0**-24)  # a few roundings of numbers up to 8
+
+
 def test_an_absorbed_row_still_draws_its_noise():
     """Runs with and without corrections share the sampler's noise: the correction of one row leaves others' alone."""
     plain = run(eta=1.0)
