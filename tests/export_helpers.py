@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import onnxruntime as ort
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from qncd_deploy.export.graph import find_sites, instrument
+from qncd_deploy.export.graph import Inputs, find_sites, instrument
 from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.trace import trace
 from qncd_deploy.quant.plan import LayerPlan, QuantPlan
 from qncd_deploy.specs import TensorSpec
 
@@ -77,6 +79,21 @@ def scale_shift_unet() -> tuple[torch.nn.Module, list[TensorSpec]]:
     return randomize(unet), specs
 
 
+_NETWORKS = {"additive": conditional_unet, "scale-shift": scale_shift_unet}
+
+
+@cache
+def _traced(kind: str) -> tuple[torch.nn.Module, list[TensorSpec], ir.Model]:
+    module, specs = _NETWORKS[kind]()
+    return module, specs, trace(module, specs)
+
+
+def traced(kind: str) -> tuple[torch.nn.Module, list[TensorSpec], ir.Model]:
+    """A network, its inputs and a float graph of it that the test may change; traced once a session."""
+    module, specs, model = _traced(kind)
+    return module, specs, model.clone()
+
+
 def feeds_for(specs: list[TensorSpec], batch: int, seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
     feeds = {}
@@ -112,10 +129,16 @@ def run(model: ir.Model, feeds: Arrays, *, fused: Path | None = None) -> Arrays:
 
 
 def minmax_plan(
-    model: ir.Model, feeds: Arrays, *, weight_bits: int = 8, act_bits: int = 8, skip: tuple[str, ...] = ()
+    model: ir.Model,
+    feeds: Arrays,
+    *,
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    inputs: Inputs | None = None,
+    roles: tuple[str, ...] = ("body",),
 ) -> QuantPlan:
-    """Symmetric min-max grids for every site of the body, written down by hand."""
-    sites = find_sites(model)
+    """Symmetric min-max grids for every site of these roles, written down by hand; a zero channel gets any scale."""
+    sites = find_sites(model, inputs)
     edges = {name for site in sites for name in (site.input, site.output)}
     values = {**feeds, **run(instrument(model, edges), feeds)}
     weights = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
@@ -129,16 +152,17 @@ def minmax_plan(
             output=site.output,
             out_axis=site.out_axis,
         )
-        if site.role != "body" or any(part in site.name for part in skip):
+        if site.role not in roles:
             layers.append(LayerPlan(**fixed, reason=site.role))
             continue
         axes = tuple(axis for axis in range(len(site.shape)) if axis != site.out_axis)
         weight_scale = np.abs(weights[site.name]).max(axes) / (2 ** (weight_bits - 1) - 1)
+        weight_scale[weight_scale == 0] = 1e-30
         act_scale = np.float32(np.abs(values[site.input]).max() / (2 ** (act_bits - 1) - 1))
         layers.append(
             LayerPlan(
                 **fixed,
-                reason="body",
+                reason=site.role,
                 weight_bits=weight_bits,
                 act_bits=act_bits,
                 weight_scale=tuple(map(float, weight_scale.astype(np.float32))),

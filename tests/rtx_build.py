@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Build:
-    """plan: the serialized engine. convolutions, matmuls: (data type, weight type) of every kernel, as the log has it."""
+    """The serialized engine, and (data type, weight type) of every kernel as the log has it."""
 
     plan: bytes
     convolutions: tuple[tuple[str, str], ...]
@@ -57,7 +57,7 @@ def build(path: Path, shapes: Shapes, *, targets: tuple[str, ...] = TARGETS) -> 
     return Build(bytes(plan), tuple(_kernels(text, "correlation")), tuple(_kernels(text, "gemm")))
 
 
-def _kernels(text: str, kind: str):
+def _kernels(text: str, kind: str) -> Iterator[tuple[str, str]]:
     """A kernel's line reads: LayerType: gemm, Inputs: [ {.. Datatype: Int8}, ..], Constants: [..], Outputs: [..]."""
     for match in re.finditer(rf"LayerType: {kind}, Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs", text):
         types = [re.findall(r"Datatype: (\w+)", part) for part in match.groups()]

@@ -104,9 +104,11 @@ class Flow:
 
     @cached_property
     def sources(self) -> Mapping[ir.Value, frozenset[str]]:
-        """Names of the graph inputs that a tensor depends on."""
+        """Names of the graph inputs that a tensor's values depend on; its shape alone does not count."""
         found = {value: frozenset({value.name}) for value in self.model.graph.inputs}
         for node in self.model.graph:
+            if node.op_type in ("Shape", "Size"):
+                continue
             union = frozenset().union(*(found.get(value, frozenset()) for value in node.inputs if value is not None))
             found.update(dict.fromkeys(node.outputs, union))
         return found

@@ -36,7 +36,7 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, output: str 
     example = tuple(_example(spec) for spec in inputs)
     axes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(spec.shape[0], str) else None for spec in inputs)
     try:
-        with warnings.catch_warnings(), quiet("torch"), torch.no_grad():
+        with warnings.catch_warnings(), quiet("torch", "torch.__trace"), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(caller, example, dynamic_shapes=(axes,), strict=False)
             model = _translate(program, [spec.name for spec in inputs], output)

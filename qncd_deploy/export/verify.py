@@ -164,7 +164,7 @@ def convolutions_can_fuse(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     for node in quantized_ops(model.graph):
         users = [user.op_type for user in node.outputs[0].consumers()]
         if node.op_type == "Conv" and users != ["QuantizeLinear"]:
-            yield f"{node.name}: read by {', '.join(users)}, not one QuantizeLinear; ONNX Runtime would run it in float."
+            yield f"{node.name}: read by {', '.join(users)}, not by one Q; ONNX Runtime would run it in float."
 
 
 _ALWAYS: tuple[Rule, ...] = (

@@ -117,8 +117,9 @@ class HalfRemainder(ir.passes.InPlacePass):
         for node in model.graph:
             if any(attr.type is ir.AttributeType.GRAPH for attr in node.attributes.values()):
                 raise Refused(f"{node.name}: control flow ({node.op_type}). Export the network with fixed branches.")
+        scales = {node.inputs[1] for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
         for value in model.graph.initializers.values():
-            if value.dtype == _F32:
+            if value.dtype == _F32 and value not in scales:
                 _check_range(value)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -88,8 +88,10 @@ def quantized_edges(model: ir.Model, plan: QuantPlan) -> set[str]:
     return names
 
 
-PREPARED = ("_clip", "_lift", "_half")
-"""Behind an edge's name: clipped to its levels, lifted into float16's normal range, cast to float16."""
+PREPARED = ("_clip", "_lift", "_half", "_inner")
+"""Behind an edge's name: clipped to its levels, lifted into float16's normal range, cast to float16, or an output of
+the graph before the op that gives it its final form.
+"""
 
 
 def quantized_weights(model: ir.Model) -> set[str]:

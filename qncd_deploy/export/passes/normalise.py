@@ -149,7 +149,9 @@ def _views_of_parameters(graph: ir.Graph) -> dict[str, str]:
 
 
 class Simplify(ir.passes.InPlacePass):
-    """Remove ops that do nothing, pin Reshape targets, and write a swap of the last two axes as one Transpose."""
+    """Remove ops that do nothing, turn known sizes into constants, pin Reshape targets, and write a swap of the last two
+    axes as one Transpose.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -158,6 +160,10 @@ class Simplify(ir.passes.InPlacePass):
                 continue
             if _does_nothing(node) and not node.outputs[0].is_graph_output():
                 node.outputs[0].replace_all_uses_with(node.inputs[0])
+                modified = True
+            elif node.op_type in ("Gather", "Slice") and (dims := _static_dims(node)) is not None:
+                y = node.outputs[0]
+                y.replace_all_uses_with(initializer(model.graph, f"{y.name}_dims", dims))
                 modified = True
             elif node.op_type == "Reshape":
                 modified |= _swap_last_axes(node) or _pin_target(node)
@@ -203,6 +209,24 @@ def _same_shape(x: ir.Value, y: ir.Value) -> bool:
 
 def _unknown(dim: int | ir.SymbolicDim) -> bool:
     return isinstance(dim, ir.SymbolicDim) and dim.value is None
+
+
+def _static_dims(node: ir.Node) -> np.ndarray | None:
+    """The sizes that a Gather or Slice picks from a Shape, if none of them is free."""
+    shape = node.inputs[0].producer()
+    picks = [constant(value) for value in node.inputs[1:]]
+    if shape is None or shape.op_type != "Shape" or shape.attributes or any(pick is None for pick in picks):
+        return None
+    if (of := shape.inputs[0].shape) is None or not node.outputs[0].uses() or node.outputs[0].is_graph_output():
+        return None
+    dims = np.array([dim if isinstance(dim, int) else -1 for dim in of], np.int64)
+    if node.op_type == "Gather":
+        chosen = dims[picks[0]]
+    else:
+        start, end, *rest = (int(pick.item()) for pick in picks)
+        step = rest[1] if len(rest) > 1 else 1
+        chosen = dims[slice(start, end, step)]
+    return None if (np.asarray(chosen) < 0).any() else np.asarray(chosen, np.int64)
 
 
 def _pin_target(node: ir.Node) -> bool:
