@@ -84,6 +84,11 @@ class Kernel:
     implementation: str
     count: int
 
+    @property
+    def integer(self) -> bool:
+        """Whether it computes on 8-bit integers."""
+        return self.precision in ("i8", "u8")
+
 
 @dataclass(frozen=True)
 class BackendStatus:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, first_line
+from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds, first_line
 from qncd_deploy.errors import BuildFailed, EngineError
 from qncd_deploy.specs import TensorSpec
 
@@ -39,12 +40,19 @@ class OrtEngine(BaseEngine):
             raise BuildFailed(f"{path}: ONNX Runtime runs it with {', '.join(used)}, not {', '.join(PROVIDERS)}.")
         super().__init__(engine_id, path, _specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
 
+    def fetch(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Some of the outputs only; the others are not copied out of the library. Raises EngineError as a call does."""
+        return self._outputs(check_feeds(self.path, self.inputs, feeds), names)
+
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._outputs(feeds, list(self.outputs))
+
+    def _outputs(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
         try:
-            results = self._session.run(list(self.outputs), feeds)
+            results = self._session.run(list(names), feeds)
         except Exception as exc:
             raise EngineError(f"{self.path}: ONNX Runtime failed while running ({first_line(exc)}).") from exc
-        return dict(zip(self.outputs, results, strict=True))
+        return dict(zip(names, results, strict=True))
 
     def _close(self) -> None:
         del self._session
