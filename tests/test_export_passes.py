@@ -203,6 +203,11 @@ def test_ort_sibling_holds_the_same_numbers_and_fuses(tmp_path):
     ops = Counter(node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node)
     assert ops["QLinearConv"] == 2 and ops["QGemm"] == 1 and ops["MatMulIntegerToFloat"] == 2
     assert not ops["Conv"] and not ops["Gemm"] and not ops["MatMul"]
+    held = {name: value.const_value.numpy() for name, value in sibling.graph.initializers.items()}
+    step = held["gemm_bias_scale"]
+    np.testing.assert_allclose(step, np.float32(plan["gemm"].act_scale) * held["gemm_scale"], rtol=1e-6)
+    bias = model.graph.initializers["gemm_bias"].const_value.numpy()
+    assert (np.abs(held["gemm_bias_q"] * step - bias) <= step * 0.51).all()  # half a step and float32 rounding
     # each convolution's output is rounded once more, to 1/127 of its range, and the last one is the output itself
     last = plan["last"].output_amax / 127
     upstream = plan["conv"].output_amax / 127 * np.abs(model.graph.initializers["last_q"].const_value.numpy()).sum()

@@ -149,8 +149,8 @@ def _views_of_parameters(graph: ir.Graph) -> dict[str, str]:
 
 
 class Simplify(ir.passes.InPlacePass):
-    """Remove ops that do nothing, turn known sizes into constants, pin Reshape targets, and write a swap of the last two
-    axes as one Transpose.
+    """Remove ops that do nothing, turn known sizes into constants, pin Reshape targets, and write a swap of the last
+    two axes as one Transpose.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
