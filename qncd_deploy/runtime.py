@@ -39,8 +39,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
-        """Read the manifest and, with `verify`, refuse files that changed (see bundle.check_files for how far it
-        looks).
+        """Read the manifest and, with `verify`, refuse files that changed (see bundle.check_files).
 
         Raises: BundleError if it is no bundle, incomplete, changed on disk or of an unknown schema.
         """
@@ -96,7 +95,7 @@ class Bundle:
         return SamplerConfig(scheduler, own.n_steps if n_steps is None else n_steps, eta)
 
     def guidance(self, scale: float | None = None) -> float:
-        """The guidance scale to use: `scale`, else the bundle's own. Raises UsageError if there is nothing to guide
+        """The guidance scale to use: `scale`, else the bundle's own. Raises UsageError without a null class to guide
         by.
         """
         condition = self.manifest.model.condition
@@ -154,8 +153,7 @@ class Bundle:
             backend=make_engine_id(backend, "f32" if float_twin else remainder),
             plan_sha=self.plan_sha,
         )
-        files = [*tables, *([self.file("corrections")] if "corrections" in self.manifest.roles else [])]
-        table = identity_table(key) if float_twin else self._correction(correction, key, files)
+        table = identity_table(key) if float_twin else self._correction(correction, key, tables)
         role = "float" if float_twin else find_backend(backend).role
         with ExitStack() as opened:
             unet = opened.enter_context(
@@ -197,27 +195,24 @@ class Bundle:
         return table
 
     def _correction(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
-        """The table to use, from the first file that has it. Raises ScheduleError if a method named outright is
-        nowhere.
+        """The table to use, from the first file that has it, the bundle's own last. Raises ScheduleError if a method
+        that was named is nowhere.
         """
         if method == "off":
             return identity_table(key)
-        loaded = [load_tables(path) for path in files]
+        held = "corrections" in self.manifest.roles
+        own = load_tables(self.file("corrections")) if held else Tables(self.path / "corrections.npz", (), {})
+        searched = [*(load_tables(path) for path in files), own]
         if method == "auto":
-            for held in loaded:
-                if (choice := held.choice(key)) is not None:
-                    return held.find(choice, key)
+            for tables in searched:
+                if (choice := tables.choice(key)) is not None:
+                    return tables.find(choice, key)
             log.info(
                 "no correction was fitted for this backend and schedule, so none is used. Fit one with `%s`.",
                 key.fit_command(self.path),
             )
             return identity_table(key)
-        return _find(loaded or [Tables(self.path / "corrections.npz", (), {})], method, key)
-
-
-def _find(loaded: Sequence[Tables], method: str, key: ScheduleKey) -> CorrectionTable:
-    *others, last = loaded
-    for tables in others:
-        if any(table.method == method and table.key == key for table in tables.tables):
-            return tables.find(method, key)
-    return last.find(method, key)
+        for tables in searched:
+            if any(table.method == method and table.key == key for table in tables.tables):
+                return tables.find(method, key)
+        return own.find(method, key)
