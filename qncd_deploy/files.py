@@ -114,11 +114,14 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load_npz(path: Path) -> dict[str, np.ndarray]:
     """Every array of an npz, read at once and without pickles. Raises BundleError if the file is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise BundleError(f"{path}: no such file.") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
         raise BundleError(f"{path}: not a readable npz of plain arrays ({exc}).") from exc
 
 

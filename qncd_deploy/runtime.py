@@ -143,6 +143,7 @@ class Bundle:
             raise UsageError("the float twin is the reference: it takes no correction and no remainder but f32.")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch size {batch_size}: expected 1 or more.")
+        remainder = "f32" if float_twin else remainder
         schedule = self.schedule
         config = self.sampler_config(scheduler=scheduler, n_steps=n_steps, eta=eta)
         scale = self.guidance(guidance_scale)
@@ -150,15 +151,14 @@ class Bundle:
             schedule,
             config,
             guidance_scale=scale,
-            backend=make_engine_id(backend, "f32" if float_twin else remainder),
+            backend=make_engine_id(backend, remainder),
             plan_sha=self.plan_sha,
         )
         table = identity_table(key) if float_twin else self._correction(correction, key, tables)
         role = "float" if float_twin else find_backend(backend).role
         with ExitStack() as opened:
-            unet = opened.enter_context(
-                open_engine(backend, self.file(role), remainder="f32" if float_twin else remainder, threads=threads)
-            )
+            unet = open_engine(backend, self.file(role), remainder=remainder, threads=threads)
+            opened.enter_context(unet)
             for blob in blobs:
                 unet.load_blob(blob, source=self.graph_id(role))
             decoder = None

@@ -136,6 +136,20 @@ def test_a_run_killed_between_the_two_renames_loses_nothing(tmp_path: Path) -> N
     assert target.joinpath("manifest.json").read_text() == "one"
 
 
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(files, "_sync", lambda path: synced.append((path.name, (tmp_path / "net").exists())))
+    make(tmp_path / "net", "one")
+    partial = f".net.partial-{os.getpid()}"
+    assert [*synced] == [
+        ("manifest.json", False),
+        ("sub", False),
+        ("data", False),
+        (partial, False),
+        (tmp_path.name, True),
+    ]
+
+
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "net", "one")
     rename = os.rename

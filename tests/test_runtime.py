@@ -280,6 +280,15 @@ def test_a_blob_of_the_sampler_is_used_again_and_tied_to_the_weights(folder: Pat
         Bundle.open(folder).sampler("openvino", blobs=[tmp_path / "net.blob"], float_twin=True, **options)
 
 
+def test_graphs_are_told_apart_by_their_external_weights_too(folder: Path) -> None:
+    bundle = Bundle.open(folder)
+    files = dict(bundle.manifest.files)
+    files["unet.onnx.data"] = replace(files["unet.onnx.data"], sha256="00")
+    other = Bundle(folder, replace(bundle.manifest, files=files))
+    assert bundle.graph_id("master") != other.graph_id("master")
+    assert bundle.graph_id("master") != bundle.graph_id("float")
+
+
 def test_sampling_needs_no_torch_onnx_or_diffusers(folder: Path, tmp_path: Path) -> None:
     code = f"""
         import sys
