@@ -217,3 +217,22 @@ def test_old_opsets_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "op.onnx").write_bytes(b"not a graph")
     with pytest.raises(BuildFailed, match="not a readable ONNX file"):
         open_engine("torch", tmp_path / "op.onnx")
+
+
+@pytest.mark.parametrize("kind", ["additive", "scale-shift"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "torch"])
+def test_an_exported_unet_equals_its_torch_module(kind: str, backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip(backend)
+    import onnx_ir as ir
+    from export_helpers import feeds_for as unet_feeds
+    from export_helpers import run_torch, traced
+
+    module, specs, model = traced(kind)
+    ir.save(model, tmp_path / "unet.onnx")
+    feeds = unet_feeds(specs, batch=3)
+    expected = run_torch(module, feeds)
+    with open_engine(backend, tmp_path / "unet.onnx", threads=1) as engine:
+        found = engine(feeds)["out"]
+    # About 100 layers, each adding a few float32 roundings (6e-8) of values of the output's size: 2e-5 of its maximum.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
