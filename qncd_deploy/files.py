@@ -73,6 +73,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     with _os_errors(shown):
         _sweep_files(target)
         lock = _open_locked(partial, blocking=True)
+    assert lock is not None, "a blocking lock is got in the end"
     try:
         with _disk_full(shown, target.parent):
             yield partial

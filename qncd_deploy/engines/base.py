@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -171,7 +171,8 @@ def open_engine(
     engine_id = make_engine_id(backend, remainder)
     if not path.is_file():
         raise EngineError(f"{path}: no such graph.")
-    return getattr(_import(chosen), chosen.engine)(path, engine_id=engine_id, remainder=remainder, threads=threads)
+    make: Callable[..., BaseEngine] = getattr(_import(chosen), chosen.engine)
+    return make(path, engine_id=engine_id, remainder=remainder, threads=threads)
 
 
 def make_engine_id(backend: str, remainder: Remainder | None = None) -> str:

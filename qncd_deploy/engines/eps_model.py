@@ -88,7 +88,8 @@ class EngineModel:
 
         def run(*group: np.ndarray) -> np.ndarray:
             named = {spec.name: part.astype(spec.dtype, copy=False) for spec, part in zip(specs, group, strict=True)}
-            return self.engine({**named, **time})[output].astype(np.float32, copy=False)
+            raw: np.ndarray = self.engine({**named, **time})[output]
+            return raw.astype(np.float32, copy=False)
 
         return in_groups(run, arrays, rows=self.rows)
 

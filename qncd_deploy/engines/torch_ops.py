@@ -27,7 +27,7 @@ def torch_dtype(onnx_type: int) -> torch.dtype:
 
 
 _T = onnx.TensorProto
-_DTYPES = {
+_DTYPES: Mapping[int, torch.dtype] = {
     _T.FLOAT: torch.float32,
     _T.FLOAT16: torch.float16,
     _T.BFLOAT16: torch.bfloat16,
