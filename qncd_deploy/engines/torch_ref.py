@@ -6,6 +6,7 @@ says.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, first_line
+from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds, first_line
 from qncd_deploy.engines.torch_ops import OPERATORS, torch_dtype
 from qncd_deploy.errors import BuildFailed, EngineError
 from qncd_deploy.specs import TensorSpec
@@ -56,14 +57,42 @@ class TorchEngine(BaseEngine):
         torch.set_num_threads(self._threads or usual)
         try:
             with torch.inference_mode():
-                return self._interpret({name: torch.tensor(array) for name, array in feeds.items()})
+                found = self._interpret({name: torch.tensor(array) for name, array in feeds.items()})
+            return {name: tensor.numpy() for name, tensor in found.items()}
         finally:
             torch.set_num_threads(usual)
 
-    def _interpret(self, values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    def input_gradients(
+        self, feeds: Mapping[str, np.ndarray], nodes: Collection[str], cotangent: np.ndarray
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What some nodes read, and the gradient of sum(cotangent * out) with respect to it, by name of their output.
+
+        A tensor that several nodes read has one gradient for each of them: of the path through that node alone.
+        out: the graph's only output. Nodes that the float inputs do not reach are left out.
+        """
+        given = {name: torch.tensor(array) for name, array in check_feeds(self.path, self.inputs, feeds).items()}
+        for tensor in given.values():
+            tensor.requires_grad_(tensor.is_floating_point())
+        taps: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            (out,) = self._interpret(given, nodes, taps).values()
+            reached = {name: tensor for name, tensor in taps.items() if tensor.requires_grad}
+            found = torch.autograd.grad(out, list(reached.values()), torch.from_numpy(cotangent), allow_unused=True)
+        return {
+            name: (tensor.detach().numpy(), gradient.numpy())
+            for (name, tensor), gradient in zip(reached.items(), found, strict=True)
+            if gradient is not None
+        }
+
+    def _interpret(
+        self, values: dict[str, Tensor], tapped: Collection[str] = (), taps: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs by name. taps: receives the first input of every tapped node, as a tensor of its own."""
         values = {**self._weights, **values}
         for (node, attributes), expired in zip(self._nodes, self._expired, strict=True):
             inputs = [values[name] if name else None for name in node.input]
+            if taps is not None and node.output[0] in tapped:
+                inputs[0] = taps[node.output[0]] = values[node.input[0]].view_as(values[node.input[0]])
             try:
                 results = OPERATORS[node.op_type](*inputs, **attributes)
             except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as exc:
@@ -73,7 +102,7 @@ class TorchEngine(BaseEngine):
             values.update(zip(node.output, several, strict=False))  # optional outputs at the end may be left out
             for name in expired:
                 values.pop(name, None)
-        return {name: values[name].numpy() for name in self.outputs}
+        return {name: values[name] for name in self.outputs}
 
     def _close(self) -> None:
         self._weights.clear()

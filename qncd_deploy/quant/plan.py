@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -121,10 +122,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Every weighted op of one exported network in graph order, quantized or not; layer names are unique."""
+    """Every weighted op of one exported network in graph order, quantized or not; layer names are unique.
+
+    output_sqnr_db: of the quantized network's output against the float one's on the calibration data, where it was
+    measured (networks that cannot sample).
+    """
 
     format: str
     layers: tuple[LayerPlan, ...]
+    output_sqnr_db: float | None = None
 
     def __post_init__(self) -> None:
         names = [layer.name for layer in self.layers]
@@ -165,7 +171,11 @@ class QuantPlan:
         return {layer.name: layer for layer in self.layers}
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "format": self.format, "layers": [layer.to_json() for layer in self.layers]}
+        return {**self._head(), "layers": [layer.to_json() for layer in self.layers]}
+
+    def _head(self) -> dict[str, Any]:
+        error = {} if self.output_sqnr_db is None else {"output_sqnr_db": self.output_sqnr_db}
+        return {"schema": SCHEMA, "format": self.format, **error}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> QuantPlan:
@@ -176,11 +186,12 @@ class QuantPlan:
             )
         if not isinstance(data.get("layers"), list) or "format" not in data:
             raise PlanError("plan.json: no format or no list of layers. Export the bundle again.")
-        return cls(str(data["format"]), tuple(LayerPlan.from_json(layer) for layer in data["layers"]))
+        layers = tuple(LayerPlan.from_json(layer) for layer in data["layers"])
+        return cls(str(data["format"]), layers, data.get("output_sqnr_db"))
 
     def dumps(self) -> str:
         """The text of plan.json: one layer a line, so that two plans can be compared with diff."""
-        head, layers = json.dumps({"schema": SCHEMA, "format": self.format})[:-1], self.to_json()["layers"]
+        head, layers = json.dumps(self._head())[:-1], self.to_json()["layers"]
         lines = ",\n".join(json.dumps(layer, allow_nan=False) for layer in layers)
         return f'{head}, "layers": [\n{lines}\n]}}\n'
 
@@ -202,24 +213,29 @@ MIN_WIDTH = 8
 
 
 def make_plan(
-    sites: Sequence[LayerSite], weights: Mapping[str, np.ndarray], stats: Mapping[str, TensorStats], policy: Policy
+    sites: Sequence[LayerSite],
+    weights: Mapping[str, np.ndarray],
+    stats: Mapping[str, TensorStats],
+    policy: Policy,
+    *,
+    exceptions: Mapping[str, str] = MappingProxyType({}),
 ) -> QuantPlan:
     """Decide for every site, and give every quantized one its scales.
 
     weights: by site name, of the site's shape. stats: by edge, of every quantized layer's input; where an output is
-    there too, its range is recorded. All quantized consumers of an edge share one grid.
+    there too, its range is recorded. exceptions: layers to leave in float though the policy would not, with the reason;
+    --include overrules them. All quantized consumers of an edge share one grid.
 
     Raises: PlanError if a pattern of the policy matches no weight, an edge was not calibrated, a weight is missing, of
     another shape or not finite, or nothing at all would be quantized.
     """
-    for option, patterns in (("--exclude", policy.exclude), ("--include", policy.include)):
-        for pattern in patterns:
-            if not any(re.search(pattern, site.name) for site in sites):
-                raise PlanError(f"{option} {pattern!r}: matches none of {len(sites)} weights. See `qncd inspect`.")
+    check_patterns(sites, policy)
     grids: dict[str, Grid] = {}
     layers = []
     for site in sites:
         wanted, reason = decide(site, policy)
+        if wanted and site.name in exceptions and not _first_match(policy.include, site.name):
+            wanted, reason = False, exceptions[site.name]
         if wanted and site.input in stats and stats[site.input].amax == 0:
             wanted, reason = False, "its input was zero throughout calibration"
         if not wanted:
@@ -235,6 +251,16 @@ def make_plan(
         reasons = "; ".join(sorted({layer.reason for layer in layers})) or "the graph has none"
         raise PlanError(f"plan: none of {len(layers)} weighted layers would be quantized ({reasons}).")
     return plan
+
+
+def check_patterns(sites: Sequence[LayerSite], policy: Policy) -> None:
+    """Raises PlanError for a pattern of the policy that matches no weight."""
+    for option, patterns in (("--exclude", policy.exclude), ("--include", policy.include)):
+        for pattern in patterns:
+            if not any(re.search(pattern, site.name) for site in sites):
+                raise PlanError(
+                    f"{option} {pattern!r}: matches none of {len(sites)} weights. `qncd export --dry-run` lists them."
+                )
 
 
 def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:

@@ -1,0 +1,242 @@
+"""qncd export: from a checkpoint to a bundle, in one command."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qncd_deploy.cli.options import PATH, json_option, print_json
+from qncd_deploy.cli.progress import Bars
+from qncd_deploy.errors import BackendMissing, GateFailed
+from qncd_deploy.pipeline.options import (
+    CALIB_METHODS,
+    CORRECTIONS,
+    FORMATS,
+    OBJECTIVES,
+    SMOOTHING,
+    ExportOptions,
+)
+from qncd_deploy.schedule import SCHEDULERS
+
+if TYPE_CHECKING:
+    from qncd_deploy.pipeline.export import Exported
+
+DEFAULTS = ExportOptions(Path("model.ckpt"))
+
+QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
+
+
+@click.command("export")
+@click.argument("checkpoint", type=PATH)
+@click.option("--int8", "int8", is_flag=True, help="8-bit weights and activations: --format w8a8.")
+@click.option("--format", "format", type=click.Choice(FORMATS), help="Bits of weights and activations.  [default: w8a8]")
+@click.option(
+    "--config",
+    type=PATH,
+    help="YAML of a CompVis checkpoint, or scheduler_config.json for an .onnx graph.  "
+    "[default: config.yaml beside the checkpoint, else <stem>.yaml]",
+)
+@click.option("--name", help="Name of the bundle.  [default: the checkpoint's folder or stem]")
+@click.option("--calib-dir", type=PATH, default=DEFAULTS.calib_dir, help="Where calibration sets are kept.")
+@click.option("--onnx-dir", type=PATH, default=DEFAULTS.onnx_dir, help="Where the bundle is written.")
+@click.option("--engine-dir", type=PATH, default=DEFAULTS.engine_dir, help="Where compiled engines will be looked for.")
+@click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the folder's own, else ddim]")
+@click.option("--n-steps", type=int, default=DEFAULTS.n_steps, help="Sampling steps.")
+@click.option("--eta", type=float, default=DEFAULTS.eta, help="Noise of ddim, 0 to 1.")
+@click.option(
+    "--guidance-scale", type=float, help="Classifier-free guidance.  [default: 1.5 with a null class, else 1, which is off]"
+)
+@click.option("--null-class", type=int, help="The class that stands for no class, where the config does not say.")
+@click.option(
+    "--calib-size", type=int, default=DEFAULTS.calib_size, help="Pictures whose trajectories calibrate; more than this "
+    "gained under 0.2 dB on the demo."
+)
+@click.option("--calib-steps", type=int, default=DEFAULTS.calib_steps, help="Network calls recorded of each picture.")
+@click.option(
+    "--calib-method",
+    type=click.Choice(CALIB_METHODS),
+    default=DEFAULTS.calib_method,
+    help="Activation ranges: mse takes the range of least error.",
+)
+@click.option(
+    "--percentile", type=float, default=DEFAULTS.percentile, help="Share of |x| kept, for --calib-method percentile."
+)
+@click.option("--calib-data", type=PATH, help="Your own inputs, a .npz with one array per graph input, first axis = samples.")
+@click.option(
+    "--quant-level",
+    type=click.Choice(list(QUANT_LEVELS)),
+    default="3",
+    help="1: convolutions; 2: and feed-forward Linears; 2.5: and q, k, v projections; 3: all weighted Linears.",
+)
+@click.option("--exclude", multiple=True, metavar="REGEX", help="Leave weights in float whose names match. Repeatable.")
+@click.option("--include", multiple=True, metavar="REGEX", help="Quantize weights whose names match. Repeatable.")
+@click.option(
+    "--smooth",
+    type=click.Choice(SMOOTHING),
+    default=DEFAULTS.smooth,
+    help="Smoothing of residual blocks; qncd and smoothquant are kept per block where the held-out error falls, "
+    "qncd:paper as published.",
+)
+@click.option("--alpha", type=float, help="Share of a range that moves into the weight.  [default: the best of several]")
+@click.option(
+    "--correction",
+    type=click.Choice(CORRECTIONS),
+    default=DEFAULTS.correction,
+    help="Correction of the sampling loop; auto fits all and keeps one only if held-out pictures get better.",
+)
+@click.option("--objective", type=click.Choice(OBJECTIVES), default=DEFAULTS.objective, help="What auto chooses by.")
+@click.option("--eval-size", type=int, default=DEFAULTS.eval_size, help="Pictures that the figures are measured on.")
+@click.option("--seed", type=int, default=DEFAULTS.seed, help="Of calibration, fits and figures.")
+@click.option("--resume/--no-resume", default=True, help="Go on from what a killed run recorded.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful than this.")
+@click.option("--require-shift-below", type=float, metavar="X", help="Exit code 3 if the distribution shifts this far.")
+@click.option("--dry-run", is_flag=True, help="Show what would be quantized, and stop.")
+@json_option
+@click.option("-v", "--verbose", is_flag=True, help="List every layer.")
+def export_command(**given: Any) -> None:
+    """Make a bundle: calibrate, smooth, quantize, export, correct and prove.
+
+    CHECKPOINT is a CompVis .ckpt or .safetensors with its YAML, a diffusers folder, or a float .onnx graph.
+    """
+    flags = {key: given.pop(key) for key in ("int8", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")}
+    if flags["int8"] and given["format"] not in (None, "w8a8"):
+        raise click.UsageError(f"--int8 is --format w8a8, and --format {given['format']} was given too.")
+    options = ExportOptions(
+        **{**given, "format": given["format"] or "w8a8", "quant_level": QUANT_LEVELS[given["quant_level"]]}
+    )
+    _need_export_extra()
+    started = time.perf_counter()
+    if flags["dry_run"]:
+        from qncd_deploy.pipeline.dry_run import dry_run
+
+        _show_dry_run(dry_run(options), as_json=flags["as_json"])
+        return
+    from qncd_deploy.pipeline.export import export
+
+    exported = export(options, Bars(), command=_command_line())
+    if flags["as_json"]:
+        print_json(_facts(exported))
+    else:
+        _show(exported, time.perf_counter() - started, verbose=flags["verbose"])
+    _check_gates(exported, flags["require_psnr"], flags["require_shift_below"])
+
+
+def _need_export_extra() -> None:
+    for library in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript"):
+        if importlib.util.find_spec(library) is None:
+            raise BackendMissing(
+                f"export: the library {library} is not installed; sampling does not need it, exporting does. "
+                'Run `pip install -c constraints.txt -e ".[export,cpu,report]"`.'
+            )
+
+
+def _command_line() -> str:
+    context = click.get_current_context()
+    parts = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.DEFAULT or value is None:
+            continue
+        if isinstance(parameter, click.Argument):
+            parts.append(str(value))
+        elif parameter.is_flag:
+            parts.append(parameter.opts[0])
+        else:
+            for each in value if parameter.multiple else (value,):
+                parts += [parameter.opts[0], str(each)]
+    return shlex.join(["qncd-export", *parts])
+
+
+def _facts(exported: Exported) -> dict[str, Any]:
+    manifest = exported.bundle.manifest
+    layers = exported.bundle.plan["layers"]
+    return {
+        "bundle": str(exported.bundle.path),
+        "up_to_date": exported.quantized is None,
+        "layers": len(layers),
+        "quantized": sum(layer["weight_bits"] is not None for layer in layers),
+        "quality": dict(manifest.quality),
+        "bytes": {name: facts.bytes for name, facts in sorted(manifest.files.items())},
+    }
+
+
+def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
+    bundle, manifest = exported.bundle, exported.bundle.manifest
+    for note in exported.notes:
+        click.echo(note)
+    if exported.quantized is None:
+        click.echo(f"{bundle.path}  up to date: same inputs, options and versions (--force makes it again)")
+        return
+    plan = exported.quantized.plan
+    click.echo(f"layers      {len(plan.quantized)} of {len(plan)} quantized to {plan.format}; float:")
+    reasons: dict[str, int] = {}
+    for layer in plan:
+        if verbose:
+            state = "float" if not layer.quantized else f"W{layer.weight_bits}A{layer.act_bits} {layer.sqnr_db} dB"
+            click.echo(f"            {layer.name}  {state}  {layer.reason}")
+        if not layer.quantized:
+            reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
+    for reason, count in reasons.items():
+        click.echo(f"            {count:4d}  {reason}")
+    smoothing = exported.quantized.smoothing
+    if smoothing:
+        kept = sum(facts["kept"] for facts in manifest.quality["smoothing"].values())
+        click.echo(f"smoothing   kept in {kept} of {len(smoothing)} residual blocks, refused where no error fell")
+    elif manifest.recipe["--smooth"] != "off":
+        click.echo("smoothing   no residual blocks with a time embedding were found")
+    for engine, fitted in (exported.fitted or {}).items():
+        figures = ", ".join(f"{method} {value:.4g}" for method, value in fitted.figures.items())
+        click.echo(f"correction  {fitted.choice} on {engine} (held-out {fitted.objective}: {figures})")
+    quality = manifest.quality
+    if "psnr_db" in quality:
+        shift = f", shift {quality['shift']:.2g}" if quality.get("shift") is not None else ""
+        click.echo(f"quality     PSNR {quality['psnr_db']:.1f} dB to the float twin{shift} ({quality['pictures']} pictures)")
+    if "output_sqnr_db" in quality:
+        click.echo(f"quality     output {quality['output_sqnr_db']:.1f} dB over its error on the calibration data")
+    click.echo(f"size        {_mebibytes(bundle, 'unet.')} quantized, {_float_mebibytes(bundle)} float")
+    page = bundle.path / "report.html"
+    click.echo(f"bundle      {bundle.path}  in {seconds:.0f} s" + (f"; look at {page}" if page.exists() else ""))
+
+
+def _mebibytes(bundle: Any, prefix: str) -> str:
+    return f"{sum(f.bytes for name, f in bundle.manifest.files.items() if name.startswith(prefix)) / 2**20:.1f} MiB"
+
+
+def _float_mebibytes(bundle: Any) -> str:
+    """Weights of the float twin, those it shares with the quantized graphs included."""
+    layers = bundle.plan["layers"]
+    count = 0
+    for layer in layers:
+        size = 4
+        for n in layer["shape"]:
+            size *= n
+        count += size
+    return f"{count / 2**20:.1f} MiB of weights"
+
+
+def _check_gates(exported: Exported, psnr: float | None, shift: float | None) -> None:
+    quality = exported.bundle.manifest.quality
+    for flag, limit, key, met in (
+        ("--require-psnr", psnr, "psnr_db", lambda value, limit: value >= limit),
+        ("--require-shift-below", shift, "shift", lambda value, limit: value < limit),
+    ):
+        if limit is None:
+            continue
+        if quality.get(key) is None:
+            raise GateFailed(f"{flag} {limit:g}: {key} was not measured for this bundle.")
+        if not met(quality[key], limit):
+            raise GateFailed(f"{flag} {limit:g}: measured {quality[key]:.4g} on {quality['pictures']} pictures.")
+
+
+def _show_dry_run(found: Any, *, as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_json())
+        return
+    for line in found.lines():
+        click.echo(line)

@@ -1,0 +1,174 @@
+"""qncd inspect, verify, doctor: what a bundle holds, whether it is intact, what this machine can do with it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from qncd_deploy.bundle import file_problems, read_manifest
+from qncd_deploy.cli.options import backend_option, bundle_argument, json_option, print_json, remainder_option
+from qncd_deploy.correct.record import load_tables
+from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, find_backend
+from qncd_deploy.errors import BundleError
+from qncd_deploy.runtime import Bundle
+
+
+@click.command("inspect")
+@bundle_argument
+@backend_option
+@remainder_option
+@click.option("--kernels", is_flag=True, help="Compile the network and show what really runs (openvino).")
+@json_option
+def inspect_command(
+    bundle: Path, backend: str | None, remainder: Remainder | None, kernels: bool, as_json: bool
+) -> None:
+    """List the layers by bits with scales and reasons, and the corrections that are fitted."""
+    opened = Bundle.open(bundle)
+    plan, manifest = opened.plan, opened.manifest
+    found = _kernels(opened, backend, remainder) if kernels else []
+    corrections = _corrections(opened)
+    if as_json:
+        print_json({"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found})
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "op", "shape", "bits", "act scale", "SQNR dB", "why"):
+        table.add_column(heading, justify="right" if heading in ("act scale", "SQNR dB") else "left", overflow="fold")
+    for layer in plan["layers"]:
+        table.add_row(*_row(layer))
+    console = Console(width=None if os.isatty(1) else 200)
+    console.print(table)
+    bits = Counter(_bits(layer) for layer in plan["layers"])
+    console.print("   ".join(f"{count} {name}" for name, count in sorted(bits.items())))
+    for line in corrections:
+        console.print(
+            f"correction {line['choice']} of {', '.join(line['methods'])} for {line['backend']}, {line['scheduler']} "
+            f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}"
+        )
+    for kernel in found:
+        console.print(f"{kernel['count']:5d}  {kernel['precision']:6}  {kernel['op']:28}  {kernel['implementation']}")
+
+
+def _bits(layer: dict[str, Any]) -> str:
+    return "float" if layer["weight_bits"] is None else f"W{layer['weight_bits']}A{layer['act_bits']}"
+
+
+def _row(layer: dict[str, Any]) -> tuple[str, ...]:
+    scale, sqnr = layer["act_scale"], layer["sqnr_db"]
+    return (
+        layer["name"],
+        layer["op"],
+        "x".join(map(str, layer["shape"])),
+        _bits(layer),
+        "" if scale is None else f"{scale:.4g}",
+        "" if sqnr is None else f"{sqnr:.1f}",
+        layer["reason"],
+    )
+
+
+def _corrections(bundle: Bundle) -> list[dict[str, Any]]:
+    if "corrections" not in bundle.manifest.roles:
+        return []
+    tables = load_tables(bundle.file("corrections"))
+    keys = {table.key.id: table.key for table in tables.tables}
+    return [
+        {
+            "backend": key.backend,
+            "scheduler": key.scheduler,
+            "n_steps": key.n_steps,
+            "eta": key.eta,
+            "guidance_scale": key.guidance_scale,
+            "methods": sorted(table.method for table in tables.tables if table.key.id == key_id),
+            "choice": tables.choice(key) or "off",
+        }
+        for key_id, key in sorted(keys.items(), key=lambda item: item[1].backend)
+    ]
+
+
+def _kernels(bundle: Bundle, backend: str | None, remainder: Remainder | None) -> list[dict[str, Any]]:
+    with bundle.sampler(backend, remainder=remainder, correction="off") as sampler:
+        return [
+            {"op": k.op, "precision": k.precision, "implementation": k.implementation, "count": k.count}
+            for k in sampler.kernels()
+        ]
+
+
+@click.command("verify")
+@bundle_argument
+@json_option
+def verify_command(bundle: Path, as_json: bool) -> None:
+    """Hash every file of a bundle, and say what this machine can do with it."""
+    manifest = read_manifest(bundle)
+    problems = list(file_problems(bundle, manifest, limit=None))
+    engines = {status.name: status.missing for status in available_backends()}
+    if as_json:
+        print_json({"bundle": str(bundle), "problems": problems, "versions": manifest.versions, "engines": engines})
+    elif not problems:
+        total = sum(facts.bytes for facts in manifest.files.values())
+        click.echo(f"{bundle}  {len(manifest.files)} files, {total / 2**20:.1f} MiB, all as written")
+        click.echo("made with  " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))
+        ready = [name for name, missing in engines.items() if missing is None]
+        click.echo(f"runs here  {', '.join(ready) or 'nowhere: see `qncd doctor`'}")
+    if problems:
+        more = f" ({len(problems) - 1} more files)" if len(problems) > 1 else ""
+        raise BundleError(f"{bundle}/{problems[0]}{more}. Copy the bundle again, or run `qncd export` again.")
+
+
+@click.command("doctor")
+@json_option
+def doctor_command(as_json: bool) -> None:
+    """Say what this machine can run, and what is missing for the rest."""
+    cpu = _cpu()
+    engines = available_backends()
+    if as_json:
+        print_json(
+            {
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "cpu": cpu,
+                "engines": {s.name: {"version": s.version, "missing": s.missing} for s in engines},
+            }
+        )
+        return
+    click.echo(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
+    click.echo(f"cpu         {cpu['name']}, {cpu['cores']} cores")
+    for feature, (has, means) in _features(cpu["flags"]).items():
+        click.echo(f"            {'yes' if has else 'no ':3} {feature}: {means}")
+    for status in engines:
+        backend = find_backend(status.name)
+        graph = {"master": "unet.onnx", "ort": "unet-ort.onnx"}[backend.role]
+        state = f"version {status.version}, runs {graph}" if status.missing is None else status.missing
+        click.echo(f"{status.name:11} {state}")
+    ready = [s.name for s in engines if s.missing is None]
+    click.echo(f"w8a8 runs   on {', '.join(ready)}" if ready else f"w8a8 runs   nowhere yet: {BACKENDS['openvino'].install}")
+
+
+def _cpu() -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    wanted = {"avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm"}
+    return {"name": name, "cores": os.cpu_count(), "flags": sorted(flags & wanted)}
+
+
+def _features(flags: list[str]) -> dict[str, tuple[bool, str]]:
+    def has(*names: str) -> bool:
+        return any(name in flags for name in names)
+
+    return {
+        "8-bit dot products": (has("avx512_vnni", "avx_vnni", "asimddp", "i8mm", "amx_int8"), "INT8 layers are fast"),
+        "8-bit matrix unit": (has("amx_int8"), "INT8 layers are fastest"),
+        "bfloat16": (has("avx512_bf16", "amx_bf16"), "--remainder bf16 pays"),
+    }

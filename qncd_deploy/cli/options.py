@@ -1,0 +1,69 @@
+"""Options that several commands share, and the words they are explained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qncd_deploy.engines.base import BACKENDS
+from qncd_deploy.schedule import SCHEDULERS
+
+PATH = click.Path(path_type=Path)  # type: ignore[type-var]
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator, in the order they are to be listed."""
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+bundle_argument = click.argument("bundle", type=PATH)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(list(BACKENDS)),
+    help="Inference library.  [default: the first of these that this machine has]",
+)
+remainder_option = click.option(
+    "--remainder",
+    type=click.Choice(["f32", "bf16"]),
+    help="Precision of the layers left in float: f32 keeps the quality, bf16 is faster on CPUs that have it "
+    "(openvino only).  [default: f32]",
+)
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the library's choice]")
+engine_dir_option = click.option(
+    "--engine-dir", type=PATH, default=Path("engines"), help="Where compiled engines and their tables lie."
+)
+sampling_options = together(
+    click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the bundle's own]"),
+    click.option("--n-steps", type=int, help="Sampling steps.  [default: the bundle's own]"),
+    click.option("--eta", type=float, help="Noise of ddim, 0 to 1.  [default: the bundle's own]"),
+    click.option(
+        "--guidance-scale", type=float, help="Classifier-free guidance, 1 is off.  [default: the bundle's own]"
+    ),
+)
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, sort_keys=True, allow_nan=False))
+
+
+def fitted_tables(engine_dir: Path, bundle: Path) -> Sequence[Path]:
+    """Correction files that `qncd fit` wrote for a bundle on this machine."""
+    return sorted((engine_dir / bundle.resolve().name).glob("corrections-*.npz"))
+
+
+def compiled_blobs(engine_dir: Path, bundle: Path, stem: str) -> Sequence[Path]:
+    """Compiled networks that `qncd build` wrote for a bundle on this machine, of one engine."""
+    return sorted((engine_dir / bundle.resolve().name).glob(f"{stem}-*.blob"))

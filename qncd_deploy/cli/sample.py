@@ -1,0 +1,217 @@
+"""qncd build, fit, sample: what runs a bundle; none of it needs torch, diffusers or onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qncd_deploy.cli.options import (
+    PATH,
+    backend_option,
+    bundle_argument,
+    compiled_blobs,
+    engine_dir_option,
+    fitted_tables,
+    json_option,
+    print_json,
+    remainder_option,
+    sampling_options,
+    threads_option,
+)
+from qncd_deploy.cli.progress import Bars
+from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
+from qncd_deploy.pictures import check_output, save_pictures
+from qncd_deploy.pipeline.build import build
+from qncd_deploy.pipeline.fit import METHODS, FitOptions, fit, merge_into
+from qncd_deploy.runtime import Bundle
+from qncd_deploy.sampler import parse_labels
+
+
+@click.command("sample")
+@bundle_argument
+@click.option("-n", "count", type=click.IntRange(1), default=16, help="How many pictures.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Picture i depends on (seed, i) alone.")
+@click.option(
+    "--class-label", metavar="K|K,K,...|all", help="Classes to take turns.  [default: picture i is class i mod classes]"
+)
+@sampling_options
+@backend_option
+@click.option("--float", "float_twin", is_flag=True, help="The float network instead, in float32.")
+@click.option(
+    "--correction",
+    default="auto",
+    help=f"auto (what was chosen on held-out pictures), off, or a fitted method: {', '.join(METHODS)}.",
+)
+@remainder_option
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: up to 16, less for large ones]")
+@threads_option
+@engine_dir_option
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=PATH,
+    default=Path("grid.png"),
+    help="A .png (one grid), a .npz (images, latents, labels) or an existing folder (one PNG each).",
+)
+@json_option
+def sample_command(
+    bundle: Path,
+    count: int,
+    seed: int,
+    class_label: str | None,
+    scheduler: str | None,
+    n_steps: int | None,
+    eta: float | None,
+    guidance_scale: float | None,
+    backend: str | None,
+    float_twin: bool,
+    correction: str,
+    remainder: Remainder | None,
+    batch_size: int | None,
+    threads: int | None,
+    engine_dir: Path,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Draw pictures with a bundle."""
+    check_output(out)
+    opened = Bundle.open(bundle)
+    labels = None if class_label is None else parse_labels(class_label, opened.manifest.model.condition)
+    backend = backend or default_backend()
+    engine_id = make_engine_id(backend, "f32" if float_twin else remainder)
+    sampler = opened.sampler(
+        backend,
+        float_twin=float_twin,
+        correction=correction,
+        batch_size=batch_size,
+        scheduler=scheduler,
+        n_steps=n_steps,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        remainder=remainder,
+        threads=threads,
+        tables=fitted_tables(engine_dir, bundle),
+        blobs=() if float_twin else compiled_blobs(engine_dir, bundle, engine_id),
+    )
+    extra_calls = 0
+    with sampler, Bars().stage("sampling") as tick:
+        steps, done = len(sampler.steps), 0
+
+        def count_call(state: object) -> None:
+            nonlocal done, extra_calls
+            done += len(state.x)  # type: ignore[attr-defined]
+            extra_calls = max(extra_calls, state.extra_calls)  # type: ignore[attr-defined]
+            tick(done, count * steps)
+
+        pictures = sampler.sample(count, labels=labels, seed=seed, on_state=count_call)
+        save_pictures(out, pictures)
+        facts = {
+            "output": str(out),
+            "pictures": len(pictures),
+            "seed": seed,
+            "engine": engine_id,
+            "network": "float" if float_twin else opened.manifest.format,
+            "correction": sampler.table.method,
+            "network_calls": steps + extra_calls,
+            "extra_calls": extra_calls,
+        }
+    if as_json:
+        print_json(facts)
+    else:
+        more = f" (+{extra_calls} for {facts['correction']})" if extra_calls else ""
+        click.echo(
+            f"{out}  {len(pictures)} pictures, {facts['network']} on {engine_id}, correction {facts['correction']}, "
+            f"{steps} network calls{more}"
+        )
+
+
+@click.command("fit")
+@bundle_argument
+@sampling_options
+@backend_option
+@remainder_option
+@click.option("--objective", type=click.Choice(["shift", "psnr"]), default="shift", help="What auto chooses by.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
+@threads_option
+@engine_dir_option
+@json_option
+def fit_command(
+    bundle: Path,
+    scheduler: str | None,
+    n_steps: int | None,
+    eta: float | None,
+    guidance_scale: float | None,
+    backend: str | None,
+    remainder: Remainder | None,
+    objective: str,
+    seed: int,
+    threads: int | None,
+    engine_dir: Path,
+    as_json: bool,
+) -> None:
+    """Fit correction tables for one engine and one schedule, and choose among them on held-out pictures.
+
+    The tables go to ENGINE_DIR/NAME-FORMAT/, where `qncd sample` looks before the bundle's own.
+    """
+    opened = Bundle.open(bundle)
+    backend = backend or default_backend()
+    options = FitOptions(
+        backend,
+        remainder=remainder,
+        scheduler=scheduler,
+        n_steps=n_steps,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        objective=objective,
+        seed=seed,
+        threads=threads,
+    )
+    with Bars().stage("fitting") as tick:
+        fitted = fit(opened, options, tick)
+    path = engine_dir / bundle.resolve().name / f"corrections-{make_engine_id(backend, remainder)}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merge_into(path, [fitted])
+    if as_json:
+        print_json(
+            {"output": str(path), "choice": fitted.choice, "objective": fitted.objective, "figures": fitted.figures}
+        )
+        return
+    figures = ", ".join(f"{method} {value:.4g}" for method, value in fitted.figures.items())
+    click.echo(f"{path}  auto = {fitted.choice} (by {fitted.objective}: {figures})")
+
+
+@click.command("build")
+@bundle_argument
+@backend_option
+@remainder_option
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: as `qncd sample`]")
+@threads_option
+@engine_dir_option
+@json_option
+def build_command(
+    bundle: Path,
+    backend: str | None,
+    remainder: Remainder | None,
+    batch_size: int | None,
+    threads: int | None,
+    engine_dir: Path,
+    as_json: bool,
+) -> None:
+    """Compile a bundle's network for this machine, so that `qncd sample` starts at once.
+
+    A second build with nothing changed does nothing.
+    """
+    built = build(
+        Bundle.open(bundle),
+        engine_dir / bundle.resolve().name,
+        backend=backend or default_backend(),
+        remainder=remainder,
+        batch_size=batch_size,
+        threads=threads,
+    )
+    if as_json:
+        print_json(built.to_json())
+    else:
+        click.echo(built.line())

@@ -1,0 +1,109 @@
+"""Run the float graph to learn what flows through it: calibration inputs, ranges, samples of single tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qncd_deploy.calib.trajectories import CalibSet, ConditionRows, Recipe, load_user_npz, record
+from qncd_deploy.engines.base import default_backend, open_engine
+from qncd_deploy.engines.eps_model import EngineModel
+from qncd_deploy.engines.ort import OrtEngine
+from qncd_deploy.errors import CalibrationError
+from qncd_deploy.export.graph import instrument
+from qncd_deploy.export.save import save_siblings
+from qncd_deploy.files import sha256_file
+from qncd_deploy.pipeline.network import FloatNetwork
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.progress import Tick
+from qncd_deploy.sample import labels_for
+from qncd_deploy.specs import TensorSpec
+
+OBSERVED_ROWS = 32
+"""Rows per run while ranges are observed; what is fetched at once is bounded by calib.observe, not by this."""
+
+
+def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, name: str, tick: Tick) -> CalibSet:
+    """The user's data, or inputs recorded along the float sampler's own trajectories with the engine of this machine.
+
+    graph: the float twin on disk. Raises: CalibrationError for data that do not fit the network.
+    """
+    if options.calib_data is not None:
+        return load_user_npz(options.calib_data, network.facts.inputs)
+    recipe = _recipe(network, options)
+    with open_engine(default_backend(), graph) as engine:
+        rows = recipe.batch_size * (1 if recipe.null is None else 2)
+        model = EngineModel.of(engine, rows=rows)
+        return record(model, recipe, options.calib_dir / name, resume=options.resume, progress=tick)
+
+
+def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
+    if network.schedule is None:
+        raise CalibrationError("calibration: the graph has no schedule to sample with. Give --calib-data FILE.npz.")
+    condition = network.facts.condition
+    rows = None
+    if condition is not None:
+        labels = labels_for(range(options.calib_size), classes=condition.classes, null_class=condition.null_class)
+        table = np.arange(condition.classes) if network.embedding is None else network.embedding
+        null = None if condition.null_class is None else table[condition.null_class][None]
+        rows = ConditionRows(network.facts.inputs[2].name, table[labels], null)
+    return Recipe(
+        model_sha256=digest_of(network.files),
+        schedule=network.schedule,
+        sampler=network.sampler,
+        latent_shape=network.facts.latent_shape,
+        size=options.calib_size,
+        calls=options.calib_steps,
+        condition=rows,
+        guidance_scale=network.facts.guidance_scale,
+        seed=options.seed,
+    )
+
+
+def digest_of(files: Mapping[str, Path]) -> str:
+    """One sha256 for several files, whatever they are called on disk."""
+    lines = "".join(f"{name} {sha256_file(path)}\n" for name, path in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class Probe:
+    """A float graph whose inner tensors can be asked for; see calib.observe.Run."""
+
+    def __init__(self, engine: OrtEngine) -> None:
+        self._engine = engine
+
+    def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> dict[str, np.ndarray]:
+        inner = [name for name in names if name not in feeds]
+        return {**{name: feeds[name] for name in names if name in feeds}, **self._engine.fetch(feeds, inner)}
+
+
+@contextmanager
+def probing(model: ir.Model, names: Sequence[str], scratch: Path) -> Iterator[Probe]:
+    """Open a graph so that the named tensors can be fetched; its copy in `scratch` goes with the block."""
+    graph = scratch / "probe.onnx"
+    files = save_siblings({graph.name: instrument(model, names)}, scratch)
+    try:
+        with open_engine("onnxruntime", graph) as engine:
+            assert isinstance(engine, OrtEngine)
+            yield Probe(engine)
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def in_batches(
+    calib: CalibSet, inputs: Sequence[TensorSpec], size: int = OBSERVED_ROWS
+) -> Iterator[dict[str, np.ndarray]]:
+    """Calibration rows as the graph takes them; a batch size fixed in the graph is filled up by repeating a row."""
+    fixed = inputs[0].shape[0]
+    size = fixed if isinstance(fixed, int) else size
+    for batch in calib.batches(size):
+        missing = size - len(next(iter(batch.values())))
+        if missing and isinstance(fixed, int):
+            batch = {name: np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) for name, rows in batch.items()}
+        yield batch

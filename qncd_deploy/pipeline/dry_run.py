@@ -1,0 +1,50 @@
+"""What an export would do, without calibrating or writing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qncd_deploy.pipeline.export import bundle_folder
+from qncd_deploy.pipeline.network import read_network
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.quantize import policy_of
+from qncd_deploy.quant.plan import LayerSite, check_patterns, decide
+
+
+@dataclass(frozen=True, eq=False)
+class DryRun:
+    """Every weighted op with whether it would be quantized and why; where the bundle would go."""
+
+    folder: Path
+    layers: tuple[tuple[LayerSite, bool, str], ...]
+    residual_blocks: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle": str(self.folder),
+            "residual_blocks": self.residual_blocks,
+            "layers": [
+                {"name": site.name, "op": site.op, "shape": list(site.shape), "quantized": wanted, "reason": reason}
+                for site, wanted, reason in self.layers
+            ],
+        }
+
+    def lines(self) -> Iterator[str]:
+        for site, wanted, reason in self.layers:
+            shape = "x".join(map(str, site.shape))
+            yield f"{'quantize' if wanted else 'float':8}  {site.op:6}  {shape:18}  {site.name}  ({reason})"
+        count = sum(wanted for _, wanted, _ in self.layers)
+        yield f"{count} of {len(self.layers)} weighted layers, {self.residual_blocks} residual blocks to smooth"
+        yield f"would write {self.folder}; nothing was written"
+
+
+def dry_run(options: ExportOptions) -> DryRun:
+    """Read and trace the network, and decide. Raises as an export would up to there."""
+    policy = policy_of(options)
+    network = read_network(options)
+    check_patterns(network.sites, policy)
+    layers = tuple((site, *decide(site, policy)) for site in network.sites)
+    return DryRun(bundle_folder(options), layers, len(network.resblocks))

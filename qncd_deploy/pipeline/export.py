@@ -1,0 +1,234 @@
+"""The chain behind `qncd export`: from a checkpoint or a float graph to a complete bundle, or to nothing at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qncd_deploy.bundle import MANIFEST, Manifest, check_files, read_manifest, write_manifest
+from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.engines.base import BACKENDS, backend_status, default_backend, find_backend, make_engine_id, open_engine
+from qncd_deploy.errors import BundleError
+from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.verify import FLOAT, verify
+from qncd_deploy.files import atomic_directory, sha256_file
+from qncd_deploy.models.load import artifact_name
+from qncd_deploy.pipeline.calibrate import calibration_set, in_batches
+from qncd_deploy.pipeline.fit import METHODS, FitOptions, Fitted, fit, merge_into
+from qncd_deploy.pipeline.network import FloatNetwork, read_network
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.progress import Progress
+from qncd_deploy.pipeline.proof import Proof, prove, write_page
+from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize
+from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.runtime import Bundle
+
+GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx"}
+LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy")
+CHECKED_ROWS = 256
+"""Calibration rows on which a network that cannot sample is compared with its float twin."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A bundle and what there is to say of it; the stages' results are None if it was up to date already."""
+
+    bundle: Bundle
+    quantized: Quantized | None = None
+    fitted: Mapping[str, Fitted] | None = None
+    proof: Proof | None = None
+    notes: tuple[str, ...] = ()
+
+
+def bundle_folder(options: ExportOptions) -> Path:
+    """<onnx-dir>/<name>-<format>."""
+    return options.onnx_dir / f"{_name(options)}-{options.format}"
+
+
+def export(options: ExportOptions, progress: Progress, *, command: str) -> Exported:
+    """Make the bundle that the options describe. command: how the report says to make it again.
+
+    An existing bundle of the same recipe, inputs and versions is left as it is; any other is replaced only with
+    options.force. Raises: a QncdError naming what is wrong; then nothing is left behind, and nothing was replaced.
+    """
+    target = bundle_folder(options)
+    policy_of(options)
+    if not options.force and (target / MANIFEST).exists():
+        return _existing(target, options, progress)
+    with atomic_directory(target, force=options.force) as folder:
+        with progress.stage("network"):
+            network = read_network(options)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+            quantized = _quantized(network, options, Path(scratch), progress)
+        _write_network(folder, network, quantized)
+        manifest = write_manifest(folder, _manifest(network, quantized, options))
+        if network.schedule is None:
+            return _finish_graph(folder, target, manifest, network, quantized)
+        fitted = {} if options.correction == "off" else _fitted(Bundle(folder, manifest), options, progress)
+        if fitted:
+            merge_into(folder / "corrections.npz", list(fitted.values()))
+            roles = {**manifest.roles, "corrections": "corrections.npz"}
+            manifest = write_manifest(folder, replace(manifest, roles=roles))
+        with progress.stage("proof") as tick:
+            proof = prove(Bundle(folder, manifest), size=options.eval_size, seed=options.seed, tick=tick)
+        quality = {**manifest.quality, **proof.quality}
+        manifest = write_manifest(folder, replace(manifest, quality=quality))
+        write_page(folder, manifest, quantized, fitted, proof, command=command)
+    return Exported(Bundle(target, manifest), quantized, fitted, proof, network.notes)
+
+
+def _name(options: ExportOptions) -> str:
+    return options.name or artifact_name(options.checkpoint)
+
+
+def _existing(target: Path, options: ExportOptions, progress: Progress) -> Exported:
+    """The bundle that is there, if it is what would be made. Raises BundleError naming what differs."""
+    manifest = read_manifest(target)
+    with progress.stage("network"):
+        network = read_network(options)
+    made, asked = (
+        {**m.recipe, **m.inputs, **m.versions, "--seed": m.seed}
+        for m in (manifest, _manifest(network, None, options))
+    )
+    if differs := sorted(key for key in made.keys() | asked.keys() if made.get(key) != asked.get(key)):
+        key = differs[0]
+        raise BundleError(
+            f"{target}: exists already, made with another {key} ({_short(made.get(key))}, now {_short(asked.get(key))}). "
+            "Use --force to replace it, or --name for another."
+        )
+    check_files(target, manifest)
+    return Exported(Bundle(target, manifest), notes=network.notes)
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, progress: Progress) -> Quantized:
+    verify(network.model, FLOAT, name="unet-float.onnx")
+    graph = scratch / GRAPHS["float"]
+    save_siblings({graph.name: network.model}, scratch)
+    with progress.stage("calibration") as tick:
+        calib = calibration_set(network, options, graph, _name(options), tick)
+    quantized = quantize(network, calib, options, scratch, progress)
+    if network.schedule is None:
+        with progress.stage("output error"):
+            error = _output_sqnr_db(network, quantized, calib, scratch)
+        return replace(quantized, plan=replace(quantized.plan, output_sqnr_db=error))
+    return quantized
+
+
+def _output_sqnr_db(network: FloatNetwork, quantized: Quantized, calib: CalibSet, scratch: Path) -> float:
+    """10 log10 sum y^2 / sum (y_q - y)^2 over calibration rows, evenly chosen, with the engine of this machine."""
+    rows = np.unique(np.linspace(0, len(calib) - 1, min(CHECKED_ROWS, len(calib))).astype(int))
+    backend = find_backend(default_backend())
+    role = GRAPHS[backend.role]
+    save_siblings({name: quantized.graphs[name] for name in dict.fromkeys((GRAPHS["float"], role))}, scratch)
+    signal = noise = 0.0
+    with (
+        open_engine(backend.name, scratch / GRAPHS["float"], remainder="f32") as exact,
+        open_engine(backend.name, scratch / role, remainder="f32") as coarse,
+    ):
+        for feeds in in_batches(calib.take(rows), network.facts.inputs):
+            (y,), (y_q,) = exact(feeds).values(), coarse(feeds).values()
+            signal += float(np.square(y, dtype=np.float64).sum())
+            noise += float(np.square(y_q - y, dtype=np.float64).sum())
+    return round(10 * float(np.log10(signal / max(noise, 1e-300))), 2)
+
+
+def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) -> None:
+    save_siblings(quantized.graphs, folder)
+    if network.decoder is not None:
+        verify(network.decoder, FLOAT, name="vae-decoder.onnx")
+        save_siblings({"vae-decoder.onnx": network.decoder}, folder)
+    if network.embedding is not None:
+        np.save(folder / "class-embedding.npy", network.embedding, allow_pickle=False)
+    for name, path in network.companions.items():
+        shutil.copyfile(path, folder / name)
+    (folder / "plan.json").write_text(quantized.plan.dumps(), encoding="utf-8")
+
+
+def _manifest(network: FloatNetwork, quantized: Quantized | None, options: ExportOptions) -> Manifest:
+    """Everything but the figures and the hashes of the files; without `quantized`, for comparing recipes only."""
+    roles = {**GRAPHS, "plan": "plan.json"}
+    if network.decoder is not None:
+        roles["decoder"] = "vae-decoder.onnx"
+    if network.embedding is not None:
+        roles["class-embedding"] = "class-embedding.npy"
+    roles |= {Path(name).stem: name for name in network.companions}
+    files = {**network.files, **network.companions}
+    if options.calib_data is not None:
+        files["calib-data"] = options.calib_data
+    return Manifest(
+        name=_name(options),
+        format=options.format,
+        model=network.facts,
+        roles=roles,
+        inputs={name.replace("/", ":"): sha256_file(path) for name, path in files.items()},
+        recipe=_recipe(options),
+        seed=options.seed,
+        versions=_versions(),
+        quality={} if quantized is None else {"smoothing": _smoothing(quantized)} | _output(quantized.plan),
+    )
+
+
+def _recipe(options: ExportOptions) -> dict[str, Any]:
+    """By flag: every option that can change the bundle. Files are in the inputs, by hash."""
+    elsewhere = {"checkpoint", "config", "name", "calib_data", "seed", "resume", "force"}
+    values = {key: value for key, value in asdict(options).items() if key not in elsewhere and not key.endswith("_dir")}
+    return {f"--{key.replace('_', '-')}": list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for library in ("qncd-deploy", *LIBRARIES):
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _smoothing(quantized: Quantized) -> dict[str, Any]:
+    return {
+        name: {
+            "factors": decision.label,
+            "kept": decision.kept,
+            "output_error_before": decision.error_before,
+            "output_error_after": decision.error_after,
+        }
+        for name, decision in quantized.smoothing.items()
+    }
+
+
+def _output(plan: QuantPlan) -> dict[str, Any]:
+    return {} if plan.output_sqnr_db is None else {"output_sqnr_db": plan.output_sqnr_db}
+
+
+def _finish_graph(
+    folder: Path, target: Path, manifest: Manifest, network: FloatNetwork, quantized: Quantized
+) -> Exported:
+    write_manifest(folder, manifest)
+    return Exported(Bundle(target, manifest), quantized, {}, None, network.notes)
+
+
+def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:
+    """Tables for every CPU engine of this machine, by engine id."""
+    methods = METHODS if options.correction == "auto" else (options.correction,)
+    found = {}
+    for backend in BACKENDS.values():
+        if backend.name == "torch" or backend_status(backend).missing is not None:
+            continue
+        fit_options = FitOptions(backend.name, methods=methods, objective=options.objective, seed=options.seed)
+        with progress.stage(f"corrections for {backend.name}") as tick:
+            found[make_engine_id(backend.name)] = fit(bundle, fit_options, tick)
+    return found

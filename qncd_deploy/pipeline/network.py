@@ -1,0 +1,202 @@
+"""The float network, from a checkpoint or from the user's own graph: what every later stage works on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import yaml
+
+from qncd_deploy.bundle import ConditionFacts, ModelFacts
+from qncd_deploy.errors import CheckpointError, ExportError, UsageError
+from qncd_deploy.export.graph import Inputs, find_inputs, find_sites
+from qncd_deploy.export.passes.normalise import normalise
+from qncd_deploy.export.resblocks import find_resblocks
+from qncd_deploy.export.trace import trace, trace_decoder
+from qncd_deploy.models.load import load_source
+from qncd_deploy.models.source import SourceModel
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.quant.plan import LayerSite
+from qncd_deploy.quant.qncd import ResBlock
+from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
+from qncd_deploy.specs import TensorSpec
+from qncd_deploy.steps import SamplerConfig, make_steps
+
+GUIDANCE = 1.5
+"""The default scale where there is a null class to guide away from."""
+
+
+@dataclass(frozen=True, eq=False)
+class FloatNetwork:
+    """A float graph in normal form with what its structure says, and the facts of the model around it.
+
+    schedule: None for a graph that came without one.  embedding: (classes, L, D) rows that stand for classes.
+    files: what it was read from, by a name for the manifest.  companions: files that go into the bundle as they are.
+    """
+
+    model: ir.Model
+    inputs: Inputs
+    sites: tuple[LayerSite, ...]
+    resblocks: tuple[ResBlock, ...]
+    facts: ModelFacts
+    schedule: Schedule | None
+    files: Mapping[str, Path]
+    decoder: ir.Model | None = None
+    embedding: np.ndarray | None = None
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How the bundle samples by default; only a network with a schedule has one."""
+        assert self.facts.sampler is not None
+        return SamplerConfig(**self.facts.sampler)
+
+
+def read_network(options: ExportOptions) -> FloatNetwork:
+    """Read, convert and trace what the options name.
+
+    Raises: CheckpointError, ExportError, ScheduleError or UsageError, each naming the file and what to do.
+    """
+    return _from_graph(options) if options.brings_graph else _from_checkpoint(options)
+
+
+def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
+    source = load_source(
+        options.checkpoint, config=options.config, null_class=options.null_class, scheduler=options.scheduler
+    )
+    sampler = SamplerConfig(source.scheduler, options.n_steps, options.eta)
+    make_steps(source.schedule, sampler)  # refuses a wrong number of steps before minutes are spent
+    condition = source.condition
+    null_class = None if condition is None else condition.null_class
+    scale = options.guidance_scale
+    if scale is None:
+        scale = 1.0 if null_class is None else GUIDANCE
+    if scale != 1 and null_class is None:
+        raise UsageError(
+            f"--guidance-scale {scale:g}: guidance needs a null class, and none is known. Name it with --null-class K."
+        )
+    model = trace(source.unet, source.input_specs)
+    decoder = None if source.decoder is None else trace_decoder(source.decoder, source.latent_shape)
+    inputs = find_inputs(model, sample="sample", timestep="timestep")
+    return FloatNetwork(
+        model=model,
+        inputs=inputs,
+        sites=find_sites(model, inputs),
+        resblocks=find_resblocks(model, inputs),
+        facts=ModelFacts(
+            family=source.family,
+            inputs=source.input_specs,
+            latent_shape=source.latent_shape,
+            image_shape=None if decoder is None else source.image_shape,
+            schedule=source.schedule.to_json(),
+            sampler={"scheduler": sampler.scheduler, "n_steps": sampler.n_steps, "eta": sampler.eta},
+            guidance_scale=scale,
+            condition=_condition_facts(source),
+        ),
+        schedule=source.schedule,
+        files=source.files,
+        decoder=decoder,
+        embedding=None if condition is None else condition.values,
+        companions=source.companions,
+        notes=source.notes,
+    )
+
+
+def _condition_facts(source: SourceModel) -> ConditionFacts | None:
+    condition = source.condition
+    return None if condition is None else ConditionFacts(condition.kind, condition.classes, condition.null_class)
+
+
+def _from_graph(options: ExportOptions) -> FloatNetwork:
+    path = options.checkpoint
+    if options.null_class is not None:
+        raise UsageError("--null-class: a bare graph is not sampled with guidance. Leave it out.")
+    if options.guidance_scale not in (None, 1.0):
+        raise UsageError("--guidance-scale: a bare graph is not sampled with guidance. Leave it out.")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Give a float ONNX graph.")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx's own classes, depending on where the file is damaged
+        raise CheckpointError(f"{path}: not a readable ONNX graph ({_first_line(error)}).") from error
+    model = _located(path, model)
+    inputs = find_inputs(model)
+    if len(model.graph.outputs) != 1:
+        raise ExportError(f"{path}: {len(model.graph.outputs)} outputs, expected one. Export the network without them.")
+    schedule, sampler = _schedule_of(options)
+    specs = tuple(_spec(value) for value in model.graph.inputs)
+    (sample,) = (spec for spec in specs if spec.name == inputs.sample)
+    latent_shape = tuple(size for size in sample.shape[1:] if isinstance(size, int))
+    if schedule is not None and len(latent_shape) != 3:
+        raise ExportError(f"{path}: input {sample.name!r} is {list(sample.shape)}; sampling needs fixed C, H and W.")
+    files = {"graph": path} | ({} if options.config is None else {"config": options.config})
+    files |= {external.name: path.parent / external.name for external in _external_files(path, model)}
+    return FloatNetwork(
+        model=model,
+        inputs=inputs,
+        sites=find_sites(model, inputs),
+        resblocks=find_resblocks(model, inputs),
+        facts=ModelFacts(
+            family="onnx",
+            inputs=specs,
+            latent_shape=latent_shape,
+            image_shape=None,
+            schedule=None if schedule is None else schedule.to_json(),
+            sampler=None
+            if sampler is None
+            else {"scheduler": sampler.scheduler, "n_steps": sampler.n_steps, "eta": sampler.eta},
+            guidance_scale=1.0,
+            condition=None,
+        ),
+        schedule=schedule,
+        files=files,
+    )
+
+
+def _located(path: Path, model: ir.Model) -> ir.Model:
+    try:
+        return normalise(model)
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}") from error
+    except (OSError, ValueError) as error:  # external weights that are missing or cut short
+        raise CheckpointError(f"{path}: its weights cannot be read ({_first_line(error)}).") from error
+
+
+def _external_files(path: Path, model: ir.Model) -> list[Path]:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    names = {Path(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return sorted(name for name in names if (path.parent / name).is_file())
+
+
+def _schedule_of(options: ExportOptions) -> tuple[Schedule | None, SamplerConfig | None]:
+    """The schedule of a bare graph, read from the diffusers scheduler config that --config names."""
+    if options.config is None:
+        if options.scheduler is not None:
+            raise UsageError("--scheduler: a bare graph needs its noise schedule too. Give --config scheduler_config.json.")
+        return None, None
+    try:
+        config = yaml.safe_load(options.config.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{options.config}: cannot be read ({_first_line(error)}).") from error
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise CheckpointError(f"{options.config}: not a scheduler config of diffusers (no _class_name).")
+    schedule = Schedule.from_diffusers(json.loads(json.dumps(config)))
+    name = options.scheduler or scheduler_name_from_diffusers(config["_class_name"])
+    sampler = SamplerConfig(name, options.n_steps, options.eta)
+    make_steps(schedule, sampler)
+    return schedule, sampler
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    shape = tuple(size if isinstance(size, int) else size.value or f"dim{i}" for i, size in enumerate(value.shape))
+    return TensorSpec(value.name, value.dtype.numpy().name, shape)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,99 @@
+"""What `qncd export` was asked for, as one checked value."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qncd_deploy.errors import UsageError
+
+FORMATS = ("w8a8",)
+SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
+CORRECTIONS = ("auto", "off", "qncd", "qncd:paper")
+OBJECTIVES = ("shift", "psnr")
+CALIB_METHODS = ("minmax", "percentile", "mse")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Every choice of an export; the defaults are those of the command line.
+
+    checkpoint: CompVis checkpoint, diffusers folder or float ONNX graph. config: the YAML of a checkpoint, or the
+    scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network calls
+    recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of
+    the multiplications that may stay float where rounding costs most. alpha: None tries several. gate: fold smoothing
+    only where it lowers the held-out error (False is for studies of the method itself).
+    """
+
+    checkpoint: Path
+    config: Path | None = None
+    name: str | None = None
+    format: str = "w8a8"
+    calib_dir: Path = Path("calib_data")
+    onnx_dir: Path = Path("export")
+    engine_dir: Path = Path("engines")
+    scheduler: str | None = None
+    n_steps: int = 20
+    eta: float = 0.0
+    guidance_scale: float | None = None
+    null_class: int | None = None
+    calib_size: int = 32
+    calib_steps: int = 20
+    calib_method: str = "mse"
+    percentile: float = 99.99
+    calib_data: Path | None = None
+    quant_level: float = 3
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    keep_float: float = 2.0
+    smooth: str = "qncd"
+    alpha: float | None = None
+    correction: str = "auto"
+    objective: str = "shift"
+    eval_size: int = 64
+    seed: int = 0
+    gate: bool = True
+    resume: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (
+            ("--format", self.format, FORMATS),
+            ("--smooth", self.smooth, SMOOTHING),
+            ("--correction", self.correction, CORRECTIONS),
+            ("--objective", self.objective, OBJECTIVES),
+            ("--calib-method", self.calib_method, CALIB_METHODS),
+        ):
+            if value not in known:
+                raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}.")
+        for flag, count in (
+            ("--calib-size", self.calib_size),
+            ("--calib-steps", self.calib_steps),
+            ("--eval-size", self.eval_size),
+        ):
+            if count < 1:
+                raise UsageError(f"{flag} {count}: expected 1 or more.")
+        if not 0 <= self.keep_float <= 100:
+            raise UsageError(f"--keep-float {self.keep_float:g}: expected 0 to 100, percent of the arithmetic.")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UsageError(f"--alpha {self.alpha:g}: expected 0 to 1, the share of a range that moves into the weight.")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise UsageError(f"--guidance-scale {self.guidance_scale}: expected a number.")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed}: expected 0 or more.")
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise UsageError(f"--name {self.name!r}: expected letters, digits, dots, dashes and underscores only.")
+        if self.brings_graph and self.calib_data is None:
+            raise UsageError(
+                f"{self.checkpoint}: a bare graph is calibrated on your data. Give --calib-data FILE.npz, one array per "
+                "graph input, first axis = samples."
+            )
+
+    @property
+    def brings_graph(self) -> bool:
+        """The user's own ONNX graph instead of a checkpoint."""
+        return self.checkpoint.suffix.lower() == ".onnx"

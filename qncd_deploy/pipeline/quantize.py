@@ -1,0 +1,181 @@
+"""From the float network and its calibration set to a plan and the quantized graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qncd_deploy.calib.observe import observe
+from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.export.passes.common import constant
+from qncd_deploy.export.passes.half import HalfRemainder
+from qncd_deploy.export.passes.insert_qdq import InsertQDQ
+from qncd_deploy.export.passes.ort_sibling import OrtSibling
+from qncd_deploy.export.passes.smooth import FoldSmoothing
+from qncd_deploy.export.verify import FLOAT, MASTER, ONNXRUNTIME, TENSORRT, verify
+from qncd_deploy.pipeline.calibrate import Probe, in_batches, probing
+from qncd_deploy.pipeline.network import FloatNetwork
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.progress import Progress, Tick
+from qncd_deploy.pipeline.sensitivity import edge_costs
+from qncd_deploy.quant.budget import keep_float
+from qncd_deploy.quant.plan import LayerSite, QuantPlan, check_patterns, decide, make_plan
+from qncd_deploy.quant.policy import Policy
+from qncd_deploy.quant.qncd import ResBlock
+from qncd_deploy.quant.smooth import Decision, candidates, choose
+
+RANGE_ROWS = 256
+"""Rows from which smoothing learns the range of each channel."""
+
+SAMPLE_ROWS = 128
+SAMPLE_BYTES = 256 << 20
+"""Rows of one convolution's input on which smoothing is judged, fewer where they would not fit in SAMPLE_BYTES."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """The plan, what became of smoothing in each residual block, and the graphs by file name (the float twin too)."""
+
+    plan: QuantPlan
+    smoothing: Mapping[str, Decision]
+    graphs: Mapping[str, ir.Model]
+
+
+def policy_of(options: ExportOptions) -> Policy:
+    """Raises PlanError for a pattern that is no regular expression and the like."""
+    return Policy.for_format(
+        options.format,
+        quant_level=options.quant_level,
+        exclude=options.exclude,
+        include=options.include,
+        act_method=options.calib_method,
+        percentile=options.percentile,
+    )
+
+
+def quantize(
+    network: FloatNetwork, calib: CalibSet, options: ExportOptions, scratch: Path, progress: Progress
+) -> Quantized:
+    """Smooth, observe, plan, and insert Q/DQ. scratch: a folder for graphs that only calibration runs.
+
+    Raises: PlanError, CalibrationError or ExportError, naming the layer.
+    """
+    policy = policy_of(options)
+    check_patterns(network.sites, policy)
+    wanted = [site for site in network.sites if decide(site, policy)[0]]
+    names = {site.name for site in wanted}
+    blocks = [block for block in network.resblocks if block.conv2 in names] if options.smooth != "off" else []
+    decisions: dict[str, Decision] = {}
+    if blocks:
+        with progress.stage("smoothing") as tick:
+            decisions = _smoothing(network, blocks, calib, options, policy, scratch, tick)
+    kept = {name: decision.factors for name, decision in decisions.items() if decision.kept or not options.gate}
+    smoothed = network.model.clone()
+    FoldSmoothing(kept)(smoothed)
+    sites = _sites_after(network, smoothed)
+    edges = [site.input for site in sites if site.name in names]
+    edges += [site.output for site in sites if site.name in names and site.op == "Conv"]
+    with progress.stage("ranges") as tick, probing(smoothed, edges, scratch) as probe:
+        seen = observe(probe, _counted(network, calib, tick), edges)
+    weights = {site.name: _weight(smoothed, site.name) for site in sites}
+    exceptions: Mapping[str, str] = {}
+    if options.keep_float:
+        with progress.stage("sensitivity"):
+            chosen = [site for site in sites if site.name in names and seen[site.input].amax > 0]
+            costs = edge_costs(smoothed, network, chosen, calib, seen, policy, scratch)
+            exceptions = keep_float(costs, budget=options.keep_float / 100)
+    plan = make_plan(sites, weights, seen, policy, exceptions=exceptions)
+    with progress.stage("graphs"):
+        return Quantized(plan, decisions, _graphs(network.model, smoothed, plan))
+
+
+def _graphs(model: ir.Model, smoothed: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:
+    verify(model, FLOAT, name="unet-float.onnx")
+    InsertQDQ(plan)(smoothed)
+    verify(smoothed, MASTER, plan=plan, name="unet.onnx")
+    half, ort = smoothed.clone(), smoothed.clone()
+    HalfRemainder()(half)
+    verify(half, TENSORRT, plan=plan, name="unet-trt.onnx")
+    OrtSibling(plan)(ort)
+    verify(ort, ONNXRUNTIME, plan=plan, name="unet-ort.onnx")
+    return {"unet.onnx": smoothed, "unet-trt.onnx": half, "unet-ort.onnx": ort, "unet-float.onnx": model}
+
+
+def _smoothing(
+    network: FloatNetwork,
+    blocks: Sequence[ResBlock],
+    calib: CalibSet,
+    options: ExportOptions,
+    policy: Policy,
+    scratch: Path,
+    tick: Tick,
+) -> dict[str, Decision]:
+    """What smoothing does in every block to the convolution's quantized output."""
+    edges = [block.edge for block in blocks]
+    embeddings = [edge for block in blocks for edge in block.emb]
+    decisions = {}
+    with probing(network.model, [*edges, *embeddings], scratch) as probe:
+        some = calib.take(np.unique(np.linspace(0, len(calib) - 1, min(RANGE_ROWS, len(calib))).astype(int)))
+        seen = observe(probe, _counted(network, some, tick), edges)
+        spoken = _fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
+        for block in blocks:
+            weight = _weight(network.model, block.conv2)
+            samples = _fetch(probe, network, _sampled(network, calib, block), [block.edge])[block.edge]
+            found = candidates(
+                options.smooth,
+                block,
+                weight,
+                embedding=spoken,
+                channel_amax=seen[block.edge].channel_amax,
+                alpha=options.alpha,
+            )
+            decisions[block.conv2] = choose(
+                found, weight, fit=samples[::2], held_out=samples[1::2], policy=policy
+            )
+    return decisions
+
+
+def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
+    times = calib.arrays[network.inputs.timestep]
+    return calib.take(np.unique(times, return_index=True)[1])
+
+
+def _sampled(network: FloatNetwork, calib: CalibSet, block: ResBlock) -> CalibSet:
+    """Some rows, evenly spread; the calibration set alternates pictures, so even and odd ones share none."""
+    value = next(out for node in network.model.graph for out in node.outputs if out.name == block.edge)
+    row_bytes = 4 * int(np.prod([size for size in value.shape[1:] if isinstance(size, int)]))
+    count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // row_bytes))
+    rows = np.linspace(0, len(calib) - 1, count // 2).astype(int) // 2 * 2
+    return calib.take(np.minimum(np.stack([rows, rows + 1], axis=1).ravel(), len(calib) - 1))
+
+
+def _fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[str]) -> dict[str, np.ndarray]:
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for feeds in in_batches(rows, network.facts.inputs):
+        for name, array in probe(feeds, names).items():
+            found[name].append(array)
+    return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}
+
+
+def _counted(
+    network: FloatNetwork, calib: CalibSet, tick: Tick
+) -> Iterator[dict[str, np.ndarray]]:
+    done = 0
+    for feeds in in_batches(calib, network.facts.inputs):
+        yield feeds
+        done = min(done + len(next(iter(feeds.values()))), len(calib))
+        tick(done, len(calib))
+
+
+def _sites_after(network: FloatNetwork, smoothed: ir.Model) -> tuple[LayerSite, ...]:
+    """The same sites, with the edges that smoothing put in front of some of them."""
+    inputs = {node.inputs[1].name: node.inputs[0].name for node in smoothed.graph if node.op_type == "Conv"}
+    return tuple(replace(site, input=inputs.get(site.name, site.input)) for site in network.sites)
+
+
+def _weight(model: ir.Model, name: str) -> np.ndarray:
+    return constant(model.graph.initializers[name])
