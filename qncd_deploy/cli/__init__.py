@@ -1,4 +1,4 @@
-"""The command line: a thin shell over the library. Each command parses, makes one library call and says what came of it.
+"""The command line: a thin shell over the library. Each command parses, makes one library call, says what came of it.
 
 Exit codes: 0 done; 1 the user's mistake or a missing thing, one line on standard error; 2 wrong usage; 3 a gate
 (--require-*) not met; 130 Ctrl-C. Results go to standard output, messages and progress to standard error.

@@ -34,7 +34,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.command("export")
 @click.argument("checkpoint", type=PATH)
 @click.option("--int8", "int8", is_flag=True, help="8-bit weights and activations: --format w8a8.")
-@click.option("--format", "format", type=click.Choice(FORMATS), help="Bits of weights and activations.  [default: w8a8]")
+@click.option("--format", "format", type=click.Choice(FORMATS), help="Bits of weights, activations.  [default: w8a8]")
 @click.option(
     "--config",
     type=PATH,
@@ -49,12 +49,14 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option("--n-steps", type=int, default=DEFAULTS.n_steps, help="Sampling steps.")
 @click.option("--eta", type=float, default=DEFAULTS.eta, help="Noise of ddim, 0 to 1.")
 @click.option(
-    "--guidance-scale", type=float, help="Classifier-free guidance.  [default: 1.5 with a null class, else 1, which is off]"
+    "--guidance-scale", type=float, help="Classifier-free guidance, 1 is off.  [default: 1.5 with a null class, else 1]"
 )
 @click.option("--null-class", type=int, help="The class that stands for no class, where the config does not say.")
 @click.option(
-    "--calib-size", type=int, default=DEFAULTS.calib_size, help="Pictures whose trajectories calibrate; more than this "
-    "gained under 0.2 dB on the demo."
+    "--calib-size",
+    type=int,
+    default=DEFAULTS.calib_size,
+    help="Pictures whose trajectories calibrate; more than this gained under 0.2 dB on the demo.",
 )
 @click.option("--calib-steps", type=int, default=DEFAULTS.calib_steps, help="Network calls recorded of each picture.")
 @click.option(
@@ -66,12 +68,21 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option(
     "--percentile", type=float, default=DEFAULTS.percentile, help="Share of |x| kept, for --calib-method percentile."
 )
-@click.option("--calib-data", type=PATH, help="Your own inputs, a .npz with one array per graph input, first axis = samples.")
+@click.option(
+    "--calib-data", type=PATH, help="Your own inputs: a .npz, one array per graph input, first axis = samples."
+)
 @click.option(
     "--quant-level",
     type=click.Choice(list(QUANT_LEVELS)),
     default="3",
     help="1: convolutions; 2: and feed-forward Linears; 2.5: and q, k, v projections; 3: all weighted Linears.",
+)
+@click.option(
+    "--keep-float",
+    type=float,
+    default=DEFAULTS.keep_float,
+    metavar="PERCENT",
+    help="Share of the arithmetic that may stay float where rounding costs the output most; 0 quantizes all.",
 )
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave weights in float whose names match. Repeatable.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Quantize weights whose names match. Repeatable.")
@@ -82,7 +93,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     help="Smoothing of residual blocks; qncd and smoothquant are kept per block where the held-out error falls, "
     "qncd:paper as published.",
 )
-@click.option("--alpha", type=float, help="Share of a range that moves into the weight.  [default: the best of several]")
+@click.option("--alpha", type=float, help="Share of a range that moves into the weight.  [default: the best of three]")
 @click.option(
     "--correction",
     type=click.Choice(CORRECTIONS),
@@ -94,7 +105,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Of calibration, fits and figures.")
 @click.option("--resume/--no-resume", default=True, help="Go on from what a killed run recorded.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful than this.")
+@click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful.")
 @click.option("--require-shift-below", type=float, metavar="X", help="Exit code 3 if the distribution shifts this far.")
 @click.option("--dry-run", is_flag=True, help="Show what would be quantized, and stop.")
 @json_option
@@ -104,7 +115,8 @@ def export_command(**given: Any) -> None:
 
     CHECKPOINT is a CompVis .ckpt or .safetensors with its YAML, a diffusers folder, or a float .onnx graph.
     """
-    flags = {key: given.pop(key) for key in ("int8", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")}
+    names = ("int8", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")
+    flags = {key: given.pop(key) for key in names}
     if flags["int8"] and given["format"] not in (None, "w8a8"):
         raise click.UsageError(f"--int8 is --format w8a8, and --format {given['format']} was given too.")
     options = ExportOptions(
@@ -195,8 +207,9 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
         click.echo(f"correction  {fitted.choice} on {engine} (held-out {fitted.objective}: {figures})")
     quality = manifest.quality
     if "psnr_db" in quality:
-        shift = f", shift {quality['shift']:.2g}" if quality.get("shift") is not None else ""
-        click.echo(f"quality     PSNR {quality['psnr_db']:.1f} dB to the float twin{shift} ({quality['pictures']} pictures)")
+        shift = "" if quality["shift"] is None else f", shift {quality['shift']:.2g}"
+        psnr = "not measured" if quality["psnr_db"] is None else f"{quality['psnr_db']:.1f} dB"
+        click.echo(f"quality     PSNR {psnr} to the float twin{shift} ({quality['pictures']} pictures)")
     if "output_sqnr_db" in quality:
         click.echo(f"quality     output {quality['output_sqnr_db']:.1f} dB over its error on the calibration data")
     click.echo(f"size        {_mebibytes(bundle, 'unet.')} quantized, {_float_mebibytes(bundle)} float")

@@ -112,7 +112,8 @@ def verify_command(bundle: Path, as_json: bool) -> None:
     elif not problems:
         total = sum(facts.bytes for facts in manifest.files.values())
         click.echo(f"{bundle}  {len(manifest.files)} files, {total / 2**20:.1f} MiB, all as written")
-        click.echo("made with  " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))
+        made = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
+        click.echo(f"made with  {made}")
         ready = [name for name, missing in engines.items() if missing is None]
         click.echo(f"runs here  {', '.join(ready) or 'nowhere: see `qncd doctor`'}")
     if problems:
@@ -146,7 +147,8 @@ def doctor_command(as_json: bool) -> None:
         state = f"version {status.version}, runs {graph}" if status.missing is None else status.missing
         click.echo(f"{status.name:11} {state}")
     ready = [s.name for s in engines if s.missing is None]
-    click.echo(f"w8a8 runs   on {', '.join(ready)}" if ready else f"w8a8 runs   nowhere yet: {BACKENDS['openvino'].install}")
+    where = f"on {', '.join(ready)}" if ready else f"nowhere yet: {BACKENDS['openvino'].install}"
+    click.echo(f"w8a8 runs   {where}")
 
 
 def _cpu() -> dict[str, Any]:

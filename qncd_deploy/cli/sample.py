@@ -44,7 +44,7 @@ from qncd_deploy.sampler import parse_labels
     help=f"auto (what was chosen on held-out pictures), off, or a fitted method: {', '.join(METHODS)}.",
 )
 @remainder_option
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: up to 16, less for large ones]")
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: 16, less for large ones]")
 @threads_option
 @engine_dir_option
 @click.option(

@@ -105,5 +105,5 @@ def in_batches(
     for batch in calib.batches(size):
         missing = size - len(next(iter(batch.values())))
         if missing and isinstance(fixed, int):
-            batch = {name: np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) for name, rows in batch.items()}
+            batch = {name: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for name, a in batch.items()}
         yield batch

@@ -15,7 +15,14 @@ import numpy as np
 
 from qncd_deploy.bundle import MANIFEST, Manifest, check_files, read_manifest, write_manifest
 from qncd_deploy.calib.trajectories import CalibSet
-from qncd_deploy.engines.base import BACKENDS, backend_status, default_backend, find_backend, make_engine_id, open_engine
+from qncd_deploy.engines.base import (
+    BACKENDS,
+    backend_status,
+    default_backend,
+    find_backend,
+    make_engine_id,
+    open_engine,
+)
 from qncd_deploy.errors import BundleError
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.export.verify import FLOAT, verify
@@ -26,7 +33,7 @@ from qncd_deploy.pipeline.fit import METHODS, FitOptions, Fitted, fit, merge_int
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Progress
-from qncd_deploy.pipeline.proof import Proof, prove, write_page
+from qncd_deploy.pipeline.proof import Proof, prove
 from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.runtime import Bundle
@@ -81,7 +88,6 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
             proof = prove(Bundle(folder, manifest), size=options.eval_size, seed=options.seed, tick=tick)
         quality = {**manifest.quality, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
-        write_page(folder, manifest, quantized, fitted, proof, command=command)
     return Exported(Bundle(target, manifest), quantized, fitted, proof, network.notes)
 
 
@@ -95,13 +101,13 @@ def _existing(target: Path, options: ExportOptions, progress: Progress) -> Expor
     with progress.stage("network"):
         network = read_network(options)
     made, asked = (
-        {**m.recipe, **m.inputs, **m.versions, "--seed": m.seed}
-        for m in (manifest, _manifest(network, None, options))
+        {**m.recipe, **m.inputs, **m.versions, "--seed": m.seed} for m in (manifest, _manifest(network, None, options))
     )
     if differs := sorted(key for key in made.keys() | asked.keys() if made.get(key) != asked.get(key)):
         key = differs[0]
         raise BundleError(
-            f"{target}: exists already, made with another {key} ({_short(made.get(key))}, now {_short(asked.get(key))}). "
+            f"{target}: exists already, made with another {key} ({_short(made.get(key))}, now "
+            f"{_short(asked.get(key))}). "
             "Use --force to replace it, or --name for another."
         )
     check_files(target, manifest)
@@ -230,5 +236,8 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
             continue
         fit_options = FitOptions(backend.name, methods=methods, objective=options.objective, seed=options.seed)
         with progress.stage(f"corrections for {backend.name}") as tick:
-            found[make_engine_id(backend.name)] = fit(bundle, fit_options, tick)
+            fitted = fit(bundle, fit_options, tick)
+        if options.correction != "auto":
+            fitted = replace(fitted, choice=options.correction)
+        found[make_engine_id(backend.name)] = fitted
     return found

@@ -19,8 +19,8 @@ from qncd_deploy.engines.base import Remainder
 from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.features import FeatureNetwork
 from qncd_deploy.evaluate.metrics import psnr, shift
-from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.pictures import Pictures
+from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sample import rollout
 from qncd_deploy.sampler import Sampler
@@ -183,8 +183,8 @@ def _judge(
     resamples = rng.integers(0, len(CHOICE_PICTURES), (RESAMPLES, len(CHOICE_PICTURES)))
     if options.objective == "shift" and "features" in bundle.manifest.roles and reference.images is not None:
         with FeatureNetwork.open(bundle.file("features"), options.backend) as network:
-            truth = network(reference.images)[0]
-            features = {method: network(pictures.images)[0] for method, pictures in rivals.items()}
+            truth = network(reference.images).features
+            features = {method: network(pictures.images).features for method, pictures in rivals.items()}
         figures = {method: shift(found, truth) for method, found in features.items()}
         spread = {
             method: np.array([shift(found[rows], truth[rows]) for rows in resamples])

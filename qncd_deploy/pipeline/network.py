@@ -177,7 +177,7 @@ def _schedule_of(options: ExportOptions) -> tuple[Schedule | None, SamplerConfig
     """The schedule of a bare graph, read from the diffusers scheduler config that --config names."""
     if options.config is None:
         if options.scheduler is not None:
-            raise UsageError("--scheduler: a bare graph needs its noise schedule too. Give --config scheduler_config.json.")
+            raise UsageError("--scheduler: a bare graph needs its schedule too. Give --config scheduler_config.json.")
         return None, None
     try:
         config = yaml.safe_load(options.config.read_text(encoding="utf-8"))  # JSON is YAML

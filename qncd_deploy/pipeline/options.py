@@ -80,7 +80,7 @@ class ExportOptions:
         if not 0 <= self.keep_float <= 100:
             raise UsageError(f"--keep-float {self.keep_float:g}: expected 0 to 100, percent of the arithmetic.")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise UsageError(f"--alpha {self.alpha:g}: expected 0 to 1, the share of a range that moves into the weight.")
+            raise UsageError(f"--alpha {self.alpha:g}: expected 0 to 1, the share of a range that is moved.")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UsageError(f"--guidance-scale {self.guidance_scale}: expected a number.")
         if self.seed < 0:
@@ -89,8 +89,8 @@ class ExportOptions:
             raise UsageError(f"--name {self.name!r}: expected letters, digits, dots, dashes and underscores only.")
         if self.brings_graph and self.calib_data is None:
             raise UsageError(
-                f"{self.checkpoint}: a bare graph is calibrated on your data. Give --calib-data FILE.npz, one array per "
-                "graph input, first axis = samples."
+                f"{self.checkpoint}: a bare graph is calibrated on your data. Give --calib-data FILE.npz, one array "
+                "per graph input, first axis = samples."
             )
 
     @property

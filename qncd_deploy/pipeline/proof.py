@@ -1,3 +1,62 @@
-"""The proof that goes with a bundle: its pictures beside the float twin's, in figures and as a page."""
+"""The proof that goes with a bundle: its pictures beside the float twin's, in figures and pictures."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qncd_deploy.engines.base import default_backend
+from qncd_deploy.evaluate.compare import Comparison, Variant, compare
+from qncd_deploy.evaluate.judge import Draw, Figures
+from qncd_deploy.pipeline.progress import Tick
+from qncd_deploy.runtime import Bundle
+
+FIRST_PICTURE = 1 << 27
+"""Pictures from here on: none of them was calibrated, fitted or chosen on, and `--seed` shows none of them first."""
+
+CORRECTED, PLAIN = "as sampled", "uncorrected"
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """The figures of the default engine, corrected as `auto` says and, if that is not off, uncorrected too."""
+
+    comparison: Comparison
+
+    @property
+    def final(self) -> Figures:
+        return self.comparison[CORRECTED]
+
+    @property
+    def quality(self) -> dict[str, Any]:
+        """For the manifest: rounded, since no more digits mean anything."""
+        final, reference = self.final, self.comparison.reference
+        return {
+            "engine": final.engine,
+            "correction": final.correction,
+            "extra_calls": final.extra_calls,
+            "pictures": final.n,
+            "psnr_db": None if final.psnr is None else round(final.psnr.value, 2),
+            "shift": None if final.shift is None else float(f"{final.shift.value:.3g}"),
+            "inception_score": _rounded(final.inception_score),
+            "inception_score_float": _rounded(reference.inception_score),
+            "accuracy": _rounded(final.accuracy),
+            "accuracy_float": _rounded(reference.accuracy),
+            "latent_snr_db": round(final.latent_snr_db[-1], 2),
+        }
+
+
+def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
+    """Sample the float twin and the quantized network, with the same seeds, on the default engine of this machine."""
+    backend = default_backend()
+    variants = [Variant(CORRECTED, backend)]
+    with variants[0].open(bundle, Draw(1)) as sampler:
+        corrected = sampler.table.method != "off"
+    if corrected:
+        variants.append(Variant(PLAIN, backend, correction="off"))
+    draw = Draw(size, seed=seed, first=FIRST_PICTURE)
+    return Proof(compare(bundle, variants, draw, on_progress=tick))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

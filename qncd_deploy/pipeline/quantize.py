@@ -133,9 +133,7 @@ def _smoothing(
                 channel_amax=seen[block.edge].channel_amax,
                 alpha=options.alpha,
             )
-            decisions[block.conv2] = choose(
-                found, weight, fit=samples[::2], held_out=samples[1::2], policy=policy
-            )
+            decisions[block.conv2] = choose(found, weight, fit=samples[::2], held_out=samples[1::2], policy=policy)
     return decisions
 
 
@@ -161,9 +159,7 @@ def _fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[
     return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}
 
 
-def _counted(
-    network: FloatNetwork, calib: CalibSet, tick: Tick
-) -> Iterator[dict[str, np.ndarray]]:
+def _counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict[str, np.ndarray]]:
     done = 0
     for feeds in in_batches(calib, network.facts.inputs):
         yield feeds

@@ -33,9 +33,7 @@ class EdgeCost:
     macs: int
 
 
-def output_noise(
-    x: np.ndarray, gradients: Sequence[np.ndarray], grid: Grid, signal: np.ndarray
-) -> float:
+def output_noise(x: np.ndarray, gradients: Sequence[np.ndarray], grid: Grid, signal: np.ndarray) -> float:
     """Mean over rows of (g . (Q(x) - x))^2 / signal, the predicted relative noise of quantizing one tensor.
 
     x (N, ...): the tensor; gradients: of the probed output with respect to it, one array like x for each layer that
