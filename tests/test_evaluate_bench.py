@@ -1,0 +1,178 @@
+"""Timing: ratios round by round, time inside and outside the network, sizes of graphs."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from onnx import numpy_helper, parser  # noqa: E402
+from rich.console import Console  # noqa: E402
+from test_runtime import write_bundle  # noqa: E402
+from test_sampler import Gaussian  # noqa: E402
+
+from qncd_deploy.errors import UsageError  # noqa: E402
+from qncd_deploy.evaluate.bench import bench, bench_table  # noqa: E402
+from qncd_deploy.evaluate.compare import Draw, Variant  # noqa: E402
+from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, resident_bytes  # noqa: E402
+from qncd_deploy.files import canonical_json  # noqa: E402
+from qncd_deploy.runtime import Bundle  # noqa: E402
+
+HEAD = '<ir_version: 9, opset_import: ["" : 18]> '
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(write_bundle(tmp_path_factory.mktemp("export") / "net-w8a8"))
+
+
+def test_a_measurement_keeps_its_samples_and_says_when_it_is_noisy() -> None:
+    calm = Measurement("call_ms", "ms", (10.0, 10.2, 9.9, 10.1, 30.0), {"engine": "x"})
+    assert calm.median == 10.1
+    assert calm.iqr == pytest.approx(0.2)
+    assert calm.warnings == ()  # one outlier is what the median is for
+    noisy = Measurement("call_ms", "ms", (10.0, 12.0, 9.0, 14.0, 11.0), {})
+    (warning,) = noisy.warnings
+    assert "18 % of the median apart" in warning
+    (warning,) = Measurement("call_ms", "ms", (10.0, 10.0), {}).warnings
+    assert "2 samples show no spread" in warning
+    assert calm.to_json()["samples"] == [10.0, 10.2, 9.9, 10.1, 30.0]
+    assert str(calm) == "10.1 ms ± 0.1"
+
+
+def test_a_stopwatch_times_the_engine_and_changes_nothing() -> None:
+    class Slow(Gaussian):
+        def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            time.sleep(0.02)
+            return super()._run(feeds)
+
+    engine = Slow(labels=False)
+    watch = Stopwatch(engine)
+    feeds = {"sample": np.ones((2, 3, 4, 4), np.float32), "timestep": np.full(2, 5, np.float32)}
+    np.testing.assert_array_equal(watch(feeds)["out"], engine(feeds)["out"])
+    watch(feeds)
+    assert len(watch.seconds) == 2
+    assert all(0.02 <= seconds < 0.2 for seconds in watch.seconds)
+    watch.close()
+    assert engine.closed == 1
+
+
+def test_rows_come_in_order_with_ratios_taken_round_by_round(bundle: Bundle) -> None:
+    done: list[tuple[int, int]] = []
+    variants = [Variant("w8a8", "onnxruntime"), Variant("float", "onnxruntime", float_twin=True)]
+    draw = Draw(3, batch_size=2, threads=1)
+    found = bench(bundle, variants, draw, rounds=3, on_progress=lambda n, of: done.append((n, of)))
+    assert [row.name for row in found.rows] == ["w8a8", "float"]
+    assert found.baseline == found.reference == "float"
+    quick, exact = found["w8a8"], found["float"]
+    ratios = [b / a for a, b in zip(quick.call_ms.samples, exact.call_ms.samples, strict=True)]
+    assert quick.speedup.samples == pytest.approx(ratios)
+    assert exact.speedup.samples == (1.0,) * 3
+    for row in found.rows:
+        assert len(row.call_ms.samples) == 3
+        assert all(0 < share < 1 for share in row.host.samples)
+        # a picture takes four calls of two pictures each, and what the host does
+        assert row.picture_ms.median > 0.5 * 4 * row.call_ms.median / 2
+    assert (quick.network, exact.network) == ("w8a8", "float")
+    assert exact.figures is None
+    assert quick.figures is not None and quick.figures.psnr is not None and quick.figures.psnr.n == 3
+    assert quick.integer_kernels is None  # ONNX Runtime does not tell
+    assert found.context["rows a call"] == "4"
+    assert done == [(n, 8) for n in range(1, 9)]
+    assert json.loads(canonical_json(found.to_json()))["rows"][0]["call_ms"]["samples"] == list(quick.call_ms.samples)
+
+
+def test_a_float_twin_is_put_in_front_where_there_is_none(bundle: Bundle) -> None:
+    pytest.importorskip("openvino")
+    found = bench(bundle, [Variant("w8a8", "openvino")], Draw(2, batch_size=2, threads=1), rounds=1)
+    assert [row.name for row in found.rows] == ["float", "w8a8"]
+    assert found["float"].engine == "openvino-f32"
+    integers = found["w8a8"].integer_kernels
+    assert integers is not None and integers >= 2
+    assert found["float"].integer_kernels == 0
+    assert len(found.warnings) == 2  # one round shows no spread
+    out = io.StringIO()
+    Console(file=out, width=140).print(bench_table(found))
+    text = out.getvalue()
+    assert found["w8a8"].figures is not None and found["w8a8"].figures.psnr is not None
+    for words in (
+        "openvino-f32",
+        "reference",
+        f"{found['w8a8'].figures.psnr.value:.2f}",
+        f"{found['w8a8'].speedup.median:.2f}",
+        "2 pictures a batch",
+        "speedup over float",
+    ):
+        assert words in text
+
+
+def test_ratios_against_another_baseline(bundle: Bundle) -> None:
+    variants = [Variant("exact", "onnxruntime", float_twin=True), Variant("w8a8", "onnxruntime")]
+    found = bench(bundle, variants, Draw(1, batch_size=1), rounds=1, baseline="w8a8")
+    assert (found.baseline, found.reference) == ("w8a8", "exact")
+    assert found["w8a8"].speedup.samples == (1.0,)
+    assert found["exact"].figures is None
+    with pytest.raises(UsageError, match=r"baseline w4a8: nothing of that name .* Choose one of exact, w8a8\."):
+        bench(bundle, variants, Draw(1), baseline="w4a8")
+    with pytest.raises(UsageError, match="0 rounds: expected 1 or more"):
+        bench(bundle, variants, Draw(1), rounds=0)
+
+
+def test_engines_are_closed_when_one_cannot_be_opened(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qncd_deploy.engines.ort import OrtEngine
+
+    closed: list[str] = []
+    close = OrtEngine._close
+    monkeypatch.setattr(OrtEngine, "_close", lambda self: (closed.append(self.path.name), close(self)))
+    variants = [Variant("w8a8", "onnxruntime"), Variant("ptqd", "onnxruntime", correction="ptqd")]
+    with pytest.raises(Exception, match="no table for correction 'ptqd'"):
+        bench(bundle, variants, Draw(1), rounds=1)
+    assert sorted(closed) == ["unet-float.onnx", "unet-ort.onnx", "vae-decoder.onnx", "vae-decoder.onnx"]
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_the_size_of_a_graph_is_what_it_reads(tmp_path: Path, external: bool) -> None:
+    text = "n (float[n,300] x) => (float[n,300] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    model = parser.parse_model(HEAD + text)
+    for name in "wv":
+        model.graph.initializer.append(numpy_helper.from_array(np.ones((300, 300), np.float32), name))
+    onnx.save(model, tmp_path / "n.onnx", save_as_external_data=external, location="n.data", size_threshold=0)
+    weights = 2 * 300 * 300 * 4
+    alone = (tmp_path / "n.onnx").stat().st_size
+    assert graph_bytes(tmp_path / "n.onnx") == (alone + weights if external else alone)
+    assert (alone > weights) != external
+
+
+def test_shared_weights_count_for_each_graph_and_once(tmp_path: Path) -> None:
+    ir = pytest.importorskip("onnx_ir")
+    from qncd_deploy.export.save import save_siblings
+
+    def graph(**weights: np.ndarray) -> ir.Model:
+        chain = " ".join(f"h{i + 1} = MatMul(h{i}, {name})" for i, name in enumerate(weights))
+        text = f"n (float[n,40] h0) => (float[n,40] h{len(weights)}) {{ {chain} }}"
+        model = parser.parse_model(HEAD + text)
+        model.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in weights.items())
+        return ir.from_proto(model)
+
+    one, two, three = (np.full((40, 40), value, np.float32) for value in (1, 2, 3))
+    models = {"a.onnx": graph(w=one, v=two), "b.onnx": graph(w=one, u=three, again=three.copy())}
+    save_siblings(models, tmp_path)
+    for name in models:
+        inside = (tmp_path / name).stat().st_size
+        assert graph_bytes(tmp_path / name) == inside + 2 * 40 * 40 * 4  # equal tensors lie in one place
+
+
+def test_resident_memory_grows_with_what_is_held() -> None:
+    before = resident_bytes()
+    if before is None:
+        pytest.skip("this system does not tell")
+    held = np.ones(1 << 24, np.uint8)
+    after = resident_bytes()
+    assert after is not None and after - before > 0.9 * held.nbytes
