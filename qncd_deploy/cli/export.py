@@ -25,6 +25,7 @@ from qncd_deploy.schedule import SCHEDULERS
 
 if TYPE_CHECKING:
     from qncd_deploy.pipeline.export import Exported
+    from qncd_deploy.pipeline.quantize import Smoothing
 
 DEFAULTS = ExportOptions(Path("model.ckpt"))
 
@@ -68,9 +69,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option(
     "--percentile", type=float, default=DEFAULTS.percentile, help="Share of |x| kept, for --calib-method percentile."
 )
-@click.option(
-    "--calib-data", type=PATH, help="Your own inputs: a .npz, one array per graph input, first axis = samples."
-)
+@click.option("--calib-data", type=PATH, help="Your own inputs: a .npz, one array per graph input.")
 @click.option(
     "--quant-level",
     type=click.Choice(list(QUANT_LEVELS)),
@@ -197,9 +196,8 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
     for reason, count in reasons.items():
         click.echo(f"            {count:4d}  {reason}")
     smoothing = exported.quantized.smoothing
-    if smoothing:
-        kept = sum(facts["kept"] for facts in manifest.quality["smoothing"].values())
-        click.echo(f"smoothing   kept in {kept} of {len(smoothing)} residual blocks, refused where no error fell")
+    if smoothing.blocks:
+        click.echo(f"smoothing   {_smoothing_line(smoothing)}")
     elif manifest.recipe["--smooth"] != "off":
         click.echo("smoothing   no residual blocks with a time embedding were found")
     for engine, fitted in (exported.fitted or {}).items():
@@ -215,6 +213,16 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
     click.echo(f"size        {_mebibytes(bundle, 'unet.')} quantized, {_float_mebibytes(bundle)} float")
     page = bundle.path / "report.html"
     click.echo(f"bundle      {bundle.path}  in {seconds:.0f} s" + (f"; look at {page}" if page.exists() else ""))
+
+
+def _smoothing_line(smoothing: Smoothing) -> str:
+    lower = sum(decision.kept for decision in smoothing.blocks.values())
+    blocks = f"{lower} of {len(smoothing.blocks)} residual blocks have a lower error with it"
+    if smoothing.network_error is None:
+        return f"in {len(smoothing.folded)} blocks; {blocks}"
+    before, after = smoothing.network_error
+    verdict = f"in {len(smoothing.folded)} blocks" if smoothing.folded else "refused"
+    return f"{verdict}; {blocks}, the network's output error goes from {before:.3g} to {after:.3g}"
 
 
 def _mebibytes(bundle: Any, prefix: str) -> str:

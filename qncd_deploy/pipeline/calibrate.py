@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,13 @@ from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.sample import labels_for
 from qncd_deploy.specs import TensorSpec
 
-OBSERVED_ROWS = 32
-"""Rows per run while ranges are observed; what is fetched at once is bounded by calib.observe, not by this."""
+ROWS = 32
+NUMBERS = 1 << 16
+"""Rows per run of a float graph, fewer where they hold more than NUMBERS numbers: 5 of 3x64x64. Activations grow with
+both, and ONNX Runtime holds every observed tensor until a run ends, whether it is fetched or not."""
+
+PICTURES = 16
+"""Pictures sampled together while calibration inputs are recorded; fewer as with ROWS."""
 
 
 def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, name: str, tick: Tick) -> CalibSet:
@@ -62,7 +68,14 @@ def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
         condition=rows,
         guidance_scale=network.facts.guidance_scale,
         seed=options.seed,
+        batch_size=min(options.calib_size, rows_per_run(network.facts.latent_shape, most=PICTURES)),
     )
+
+
+def rows_per_run(row: Sequence[int | str], *, most: int = ROWS) -> int:
+    """How many rows of this shape to run at a time; sizes that are not known count as 1."""
+    numbers = math.prod(size for size in row if isinstance(size, int))
+    return max(1, min(most, NUMBERS // numbers))
 
 
 def digest_of(files: Mapping[str, Path]) -> str:
@@ -97,11 +110,18 @@ def probing(model: ir.Model, names: Sequence[str], scratch: Path) -> Iterator[Pr
 
 
 def in_batches(
-    calib: CalibSet, inputs: Sequence[TensorSpec], size: int = OBSERVED_ROWS
+    calib: CalibSet, inputs: Sequence[TensorSpec], size: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Calibration rows as the graph takes them; a batch size fixed in the graph is filled up by repeating a row."""
+    """Calibration rows as the graph takes them, in batches of even length, so that engines compile for few shapes.
+
+    A batch size fixed in the graph is filled up by repeating a row. size: the most rows, None for rows_per_run.
+    """
     fixed = inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else size
+    if isinstance(fixed, int):
+        size = fixed
+    else:
+        runs = math.ceil(len(calib) / (size or rows_per_run(inputs[0].shape[1:])))
+        size = math.ceil(len(calib) / max(runs, 1))
     for batch in calib.batches(size):
         missing = size - len(next(iter(batch.values())))
         if missing and isinstance(fixed, int):

@@ -14,27 +14,24 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.bundle import MANIFEST, Manifest, check_files, read_manifest, write_manifest
-from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import (
     BACKENDS,
     backend_status,
-    default_backend,
-    find_backend,
     make_engine_id,
-    open_engine,
 )
 from qncd_deploy.errors import BundleError
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.files import atomic_directory, sha256_file
 from qncd_deploy.models.load import artifact_name
-from qncd_deploy.pipeline.calibrate import calibration_set, in_batches
+from qncd_deploy.pipeline.calibrate import calibration_set
 from qncd_deploy.pipeline.fit import METHODS, FitOptions, Fitted, fit, merge_into
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove
-from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize
+from qncd_deploy.pipeline.quantize import Quantized, Smoothing, policy_of, quantize
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.runtime import Bundle
 
@@ -128,27 +125,11 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     quantized = quantize(network, calib, options, scratch, progress)
     if network.schedule is None:
         with progress.stage("output error"):
-            error = _output_sqnr_db(network, quantized, calib, scratch)
-        return replace(quantized, plan=replace(quantized.plan, output_sqnr_db=error))
+            rows = spread_rows(calib, CHECKED_ROWS)
+            form = [(quantized.graphs[GRAPHS["master"]], quantized.plan)]
+            (error,) = output_errors(network.model, form, network.facts.inputs, rows, scratch)
+        return replace(quantized, plan=replace(quantized.plan, output_sqnr_db=round(error.sqnr_db, 2)))
     return quantized
-
-
-def _output_sqnr_db(network: FloatNetwork, quantized: Quantized, calib: CalibSet, scratch: Path) -> float:
-    """10 log10 sum y^2 / sum (y_q - y)^2 over calibration rows, evenly chosen, with the engine of this machine."""
-    rows = np.unique(np.linspace(0, len(calib) - 1, min(CHECKED_ROWS, len(calib))).astype(int))
-    backend = find_backend(default_backend())
-    role = GRAPHS[backend.role]
-    save_siblings({name: quantized.graphs[name] for name in dict.fromkeys((GRAPHS["float"], role))}, scratch)
-    signal = noise = 0.0
-    with (
-        open_engine(backend.name, scratch / GRAPHS["float"], remainder="f32") as exact,
-        open_engine(backend.name, scratch / role, remainder="f32") as coarse,
-    ):
-        for feeds in in_batches(calib.take(rows), network.facts.inputs):
-            (y,), (y_q,) = exact(feeds).values(), coarse(feeds).values()
-            signal += float(np.square(y, dtype=np.float64).sum())
-            noise += float(np.square(y_q - y, dtype=np.float64).sum())
-    return round(10 * float(np.log10(signal / max(noise, 1e-300))), 2)
 
 
 def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) -> None:
@@ -183,7 +164,7 @@ def _manifest(network: FloatNetwork, quantized: Quantized | None, options: Expor
         recipe=_recipe(options),
         seed=options.seed,
         versions=_versions(),
-        quality={} if quantized is None else {"smoothing": _smoothing(quantized)} | _output(quantized.plan),
+        quality={} if quantized is None else {"smoothing": _smoothing(quantized.smoothing)} | _output(quantized.plan),
     )
 
 
@@ -204,15 +185,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _smoothing(quantized: Quantized) -> dict[str, Any]:
+def _smoothing(smoothing: Smoothing) -> dict[str, Any]:
     return {
-        name: {
-            "factors": decision.label,
-            "kept": decision.kept,
-            "output_error_before": decision.error_before,
-            "output_error_after": decision.error_after,
-        }
-        for name, decision in quantized.smoothing.items()
+        "folded": len(smoothing.folded),
+        "network_error": None if smoothing.network_error is None else list(smoothing.network_error),
+        "blocks": {
+            name: {
+                "factors": decision.label,
+                "lowers_block_error": decision.kept,
+                "folded": name in smoothing.folded,
+                "block_error": [decision.error_before, decision.error_after],
+            }
+            for name, decision in smoothing.blocks.items()
+        },
     }
 
 

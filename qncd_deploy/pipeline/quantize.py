@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,33 +17,49 @@ from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.smooth import FoldSmoothing
-from qncd_deploy.export.verify import FLOAT, MASTER, ONNXRUNTIME, TENSORRT, verify
+from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.calibrate import Probe, in_batches, probing
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress, Tick
 from qncd_deploy.pipeline.sensitivity import edge_costs
 from qncd_deploy.quant.budget import keep_float
 from qncd_deploy.quant.plan import LayerSite, QuantPlan, check_patterns, decide, make_plan
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock
-from qncd_deploy.quant.smooth import Decision, candidates, choose
+from qncd_deploy.quant.smooth import MIN_GAIN, Decision, candidates, choose
 
 RANGE_ROWS = 256
 """Rows from which smoothing learns the range of each channel."""
 
+JUDGED_ROWS = 256
+"""Rows on which the network's output error decides whether smoothing stays."""
+
 SAMPLE_ROWS = 128
-SAMPLE_BYTES = 256 << 20
-"""Rows of one convolution's input on which smoothing is judged, fewer where they would not fit in SAMPLE_BYTES."""
+SAMPLE_BYTES = 32 << 20
+"""Rows of one convolution's input on which smoothing is judged, fewer where they would not fit in SAMPLE_BYTES: large
+planes say as much in few rows, and convolving them several times is what takes the time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """The plan, what became of smoothing in each residual block, and the graphs by file name (the float twin too)."""
+    """The plan, what became of smoothing, and the graphs by file name (the float twin too)."""
 
     plan: QuantPlan
-    smoothing: Mapping[str, Decision]
+    smoothing: Smoothing
     graphs: Mapping[str, ir.Model]
+
+
+@dataclass(frozen=True, eq=False)
+class Smoothing:
+    """blocks: what it does to each residual block, by the name of the second convolution;  folded: the blocks where it
+    is in the graph;  network_error: relative error of the network's output without and with it, None if not compared.
+    """
+
+    blocks: Mapping[str, Decision]
+    folded: tuple[str, ...]
+    network_error: tuple[float, float] | None = None
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -70,6 +87,7 @@ def quantize(
     names = {site.name for site in wanted}
     blocks = [block for block in network.resblocks if block.conv2 in names] if options.smooth != "off" else []
     decisions: dict[str, Decision] = {}
+    network_error = None
     if blocks:
         with progress.stage("smoothing") as tick:
             decisions = _smoothing(network, blocks, calib, options, policy, scratch, tick)
@@ -79,6 +97,7 @@ def quantize(
     sites = _sites_after(network, smoothed)
     edges = [site.input for site in sites if site.name in names]
     edges += [site.output for site in sites if site.name in names and site.op == "Conv"]
+    edges += [block.edge for block in blocks if block.conv2 in kept]  # for the plan without smoothing
     with progress.stage("ranges") as tick, probing(smoothed, edges, scratch) as probe:
         seen = observe(probe, _counted(network, calib, tick), edges)
     weights = {site.name: _weight(smoothed, site.name) for site in sites}
@@ -90,19 +109,35 @@ def quantize(
             exceptions = keep_float(costs, budget=options.keep_float / 100)
     plan = make_plan(sites, weights, seen, policy, exceptions=exceptions)
     with progress.stage("graphs"):
-        return Quantized(plan, decisions, _graphs(network.model, smoothed, plan))
+        InsertQDQ(plan)(smoothed)
+        if kept and options.gate:
+            weights = {site.name: _weight(network.model, site.name) for site in network.sites}
+            plain_plan = make_plan(network.sites, weights, seen, policy, exceptions=exceptions)
+            plain = network.model.clone()
+            InsertQDQ(plain_plan)(plain)
+            before, after = output_errors(
+                network.model,
+                [(plain, plain_plan), (smoothed, plan)],
+                network.facts.inputs,
+                spread_rows(calib, JUDGED_ROWS, odd=True),
+                scratch,
+            )
+            network_error = before.relative, after.relative
+            if after.relative > (1 - MIN_GAIN) * before.relative:
+                plan, smoothed, kept = plain_plan, plain, {}
+        smoothing = Smoothing(decisions, tuple(kept), network_error)
+        return Quantized(plan, smoothing, _graphs(network.model, smoothed, plan))
 
 
-def _graphs(model: ir.Model, smoothed: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:
-    verify(model, FLOAT, name="unet-float.onnx")
-    InsertQDQ(plan)(smoothed)
-    verify(smoothed, MASTER, plan=plan, name="unet.onnx")
-    half, ort = smoothed.clone(), smoothed.clone()
+def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:
+    """The siblings of a master that InsertQDQ made from the plan, each held to its rules."""
+    verify(master, MASTER, plan=plan, name="unet.onnx")
+    half, ort = master.clone(), master.clone()
     HalfRemainder()(half)
     verify(half, TENSORRT, plan=plan, name="unet-trt.onnx")
     OrtSibling(plan)(ort)
     verify(ort, ONNXRUNTIME, plan=plan, name="unet-ort.onnx")
-    return {"unet.onnx": smoothed, "unet-trt.onnx": half, "unet-ort.onnx": ort, "unet-float.onnx": model}
+    return {"unet.onnx": master, "unet-trt.onnx": half, "unet-ort.onnx": ort, "unet-float.onnx": model}
 
 
 def _smoothing(
@@ -122,19 +157,20 @@ def _smoothing(
         some = calib.take(np.unique(np.linspace(0, len(calib) - 1, min(RANGE_ROWS, len(calib))).astype(int)))
         seen = observe(probe, _counted(network, some, tick), edges)
         spoken = _fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
-        for block in blocks:
-            weight = _weight(network.model, block.conv2)
-            samples = _fetch(probe, network, _sampled(network, calib, block), [block.edge])[block.edge]
-            found = candidates(
-                options.smooth,
-                block,
-                weight,
-                embedding=spoken,
-                channel_amax=seen[block.edge].channel_amax,
-                alpha=options.alpha,
-            )
-            decisions[block.conv2] = choose(found, weight, fit=samples[::2], held_out=samples[1::2], policy=policy)
-    return decisions
+        for count, group in _by_sample_rows(network, blocks, calib).items():
+            samples = _fetch(probe, network, _pairs(calib, count), [block.edge for block in group])
+            for block in group:
+                weight, x = _weight(network.model, block.conv2), samples.pop(block.edge)
+                found = candidates(
+                    options.smooth,
+                    block,
+                    weight,
+                    embedding=spoken,
+                    channel_amax=seen[block.edge].channel_amax,
+                    alpha=options.alpha,
+                )
+                decisions[block.conv2] = choose(found, weight, fit=x[::2], held_out=x[1::2], policy=policy)
+    return {block.conv2: decisions[block.conv2] for block in blocks}
 
 
 def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
@@ -142,11 +178,19 @@ def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
     return calib.take(np.unique(times, return_index=True)[1])
 
 
-def _sampled(network: FloatNetwork, calib: CalibSet, block: ResBlock) -> CalibSet:
+def _by_sample_rows(network: FloatNetwork, blocks: Sequence[ResBlock], calib: CalibSet) -> dict[int, list[ResBlock]]:
+    """The blocks by how many rows each is judged on, so that one run of the network serves all that take as many."""
+    shapes = {out.name: out.shape for node in network.model.graph for out in node.outputs}
+    groups: dict[int, list[ResBlock]] = {}
+    for block in blocks:
+        row_bytes = 4 * math.prod(size for size in shapes[block.edge][1:] if isinstance(size, int))
+        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // row_bytes))
+        groups.setdefault(count, []).append(block)
+    return groups
+
+
+def _pairs(calib: CalibSet, count: int) -> CalibSet:
     """Some rows, evenly spread; the calibration set alternates pictures, so even and odd ones share none."""
-    value = next(out for node in network.model.graph for out in node.outputs if out.name == block.edge)
-    row_bytes = 4 * int(np.prod([size for size in value.shape[1:] if isinstance(size, int)]))
-    count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // row_bytes))
     rows = np.linspace(0, len(calib) - 1, count // 2).astype(int) // 2 * 2
     return calib.take(np.minimum(np.stack([rows, rows + 1], axis=1).ravel(), len(calib) - 1))
 

@@ -56,6 +56,7 @@ def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, str]
         if share < LEAST_SHARE or cost.macs > left:
             continue
         left -= cost.macs
-        reason = f"rounding its input would make {share:.0%} of the output error, for {cost.macs / macs:.1%} of the arithmetic"
+        spent = f"{cost.macs / macs:.1%} of the arithmetic"
+        reason = f"rounding its input would make {share:.0%} of the output error, for {spent}"
         chosen |= dict.fromkeys(cost.layers, reason)
     return chosen

@@ -1,0 +1,71 @@
+"""What quantizing does to the network's output, on calibration inputs, with the engine of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.engines.base import default_backend, find_backend, open_engine
+from qncd_deploy.export.passes.ort_sibling import OrtSibling
+from qncd_deploy.export.save import save_siblings
+from qncd_deploy.pipeline.calibrate import in_batches
+from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.specs import TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class OutputError:
+    """Power of the float output and of the quantized one's error, (rows,) each."""
+
+    signal: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def relative(self) -> float:
+        """Mean over rows of noise / signal: every timestep counts alike."""
+        return float(np.mean(self.noise / self.signal))
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10 of the powers' sums over all rows."""
+        return float(10 * np.log10(self.signal.sum() / max(self.noise.sum(), np.finfo(np.float64).tiny)))
+
+
+def output_errors(
+    model: ir.Model,
+    quantized: Sequence[tuple[ir.Model, QuantPlan]],
+    inputs: Sequence[TensorSpec],
+    rows: CalibSet,
+    scratch: Path,
+) -> list[OutputError]:
+    """Errors of several quantized forms of `model`, masters made by InsertQDQ from their plans, on the same rows."""
+    backend = find_backend(default_backend())
+    outputs = []
+    for graph, plan in ((model, None), *quantized):
+        if backend.role == "ort" and plan is not None:
+            graph = graph.clone()
+            OrtSibling(plan)(graph)
+        path = scratch / "judged.onnx"
+        files = save_siblings({path.name: graph}, scratch)
+        with open_engine(backend.name, path, remainder="f32") as engine:
+            parts = [next(iter(engine(feeds).values())) for feeds in in_batches(rows, inputs)]
+        for file in files:
+            file.unlink(missing_ok=True)
+        outputs.append(np.concatenate(parts)[: len(rows)])
+    exact, *others = outputs
+    return [OutputError(_power(exact), _power(found - exact)) for found in others]
+
+
+def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:
+    """Up to `count` rows, evenly over the set; odd: of every second row, which smoothing was not fitted on."""
+    rows = np.unique(np.linspace(0, len(calib) - 1, min(count, len(calib))).astype(int))
+    return calib.take(np.unique(np.minimum(rows | 1, len(calib) - 1)) if odd else rows)
+
+
+def _power(x: np.ndarray) -> np.ndarray:
+    return np.square(x, dtype=np.float64).reshape(len(x), -1).sum(axis=1)
