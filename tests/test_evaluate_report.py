@@ -233,6 +233,7 @@ def test_curves_take_the_pages_colours_and_the_same_data_give_the_same_page() ->
     assert "currentColor" in page
     assert "#010203" not in page
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert "font-family" not in drawn
     assert "as sampled" in drawn and "network call" in drawn  # text stays text
 
 

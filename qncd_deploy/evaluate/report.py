@@ -198,6 +198,7 @@ def _curve(lines: Mapping[str, Sequence[float]], *, salt: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows the namespaces
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # as wide as the page lets it
+    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # the page's own
     return Markup(svg.replace(_INK, "currentColor"))
 
 
