@@ -18,7 +18,7 @@ from rich.console import Console  # noqa: E402
 from test_runtime import write_bundle  # noqa: E402
 from test_sampler import Gaussian  # noqa: E402
 
-from qncd_deploy.errors import UsageError  # noqa: E402
+from qncd_deploy.errors import EngineError, QncdError, UsageError  # noqa: E402
 from qncd_deploy.evaluate.bench import bench, bench_table  # noqa: E402
 from qncd_deploy.evaluate.compare import Draw, Variant  # noqa: E402
 from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, resident_bytes  # noqa: E402
@@ -125,16 +125,26 @@ def test_ratios_against_another_baseline(bundle: Bundle) -> None:
         bench(bundle, variants, Draw(1), rounds=0)
 
 
-def test_engines_are_closed_when_one_cannot_be_opened(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("correction", ["ptqd", "off"])
+def test_engines_are_closed_when_one_cannot_be_opened_or_run(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, correction: str
+) -> None:
     from qncd_deploy.engines.ort import OrtEngine
 
     closed: list[str] = []
-    close = OrtEngine._close
+    close, run = OrtEngine._close, OrtEngine._run
+
+    def run_float_only(self: OrtEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.path.name == "unet-ort.onnx":
+            raise EngineError("it fails while running")
+        return run(self, feeds)
+
     monkeypatch.setattr(OrtEngine, "_close", lambda self: (closed.append(self.path.name), close(self)))
-    variants = [Variant("w8a8", "onnxruntime"), Variant("ptqd", "onnxruntime", correction="ptqd")]
-    with pytest.raises(Exception, match="no table for correction 'ptqd'"):
-        bench(bundle, variants, Draw(1), rounds=1)
-    assert sorted(closed) == ["unet-float.onnx", "unet-ort.onnx", "vae-decoder.onnx", "vae-decoder.onnx"]
+    monkeypatch.setattr(OrtEngine, "_run", run_float_only)
+    with pytest.raises(QncdError, match="no table for correction 'ptqd'|it fails while running"):
+        bench(bundle, [Variant("w8a8", "onnxruntime", correction=correction)], Draw(1), rounds=1)
+    opened = ["unet-float.onnx", "vae-decoder.onnx"]  # a missing table is found before anything of it is opened
+    assert sorted(closed) == sorted(opened if correction == "ptqd" else [*opened, "unet-ort.onnx", "vae-decoder.onnx"])
 
 
 @pytest.mark.parametrize("external", [False, True])

@@ -52,12 +52,17 @@ def test_pictures_of_another_size_are_refused_in_one_line() -> None:
         "net (float[n,1,4,4] images) => (float[n,1,4,4] out) { out = Relu(images) }",
     ],
 )
-def test_other_graphs_are_refused(tmp_path: Path, text: str) -> None:
+def test_other_graphs_are_refused_and_closed(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
+    from qncd_deploy.engines.ort import OrtEngine
+
+    closed: list[str] = []
+    monkeypatch.setattr(OrtEngine, "_close", lambda self: closed.append(self.path.name))
     onnx.save(parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]> {text}'), tmp_path / "other.onnx")
     words = r"other\.onnx: not a feature network: its inputs are images and its outputs (features|out); one picture"
     with pytest.raises(BundleError, match=words):
         FeatureNetwork.open(tmp_path / "other.onnx", "onnxruntime")
+    assert closed == ["other.onnx"]
 
 
 def test_logits_are_optional_and_features_may_be_maps(tmp_path: Path) -> None:
