@@ -141,7 +141,7 @@ def test_engines_are_closed_when_one_cannot_be_opened_or_run(
 
     monkeypatch.setattr(OrtEngine, "_close", lambda self: (closed.append(self.path.name), close(self)))
     monkeypatch.setattr(OrtEngine, "_run", run_float_only)
-    with pytest.raises(QncdError, match="no table for correction 'ptqd'|it fails while running"):
+    with pytest.raises(QncdError, match=r"no table for correction 'ptqd'|it fails while running"):
         bench(bundle, [Variant("w8a8", "onnxruntime", correction=correction)], Draw(1), rounds=1)
     opened = ["unet-float.onnx", "vae-decoder.onnx"]  # a missing table is found before anything of it is opened
     assert sorted(closed) == sorted(opened if correction == "ptqd" else [*opened, "unet-ort.onnx", "vae-decoder.onnx"])
