@@ -63,7 +63,7 @@ def _search_rows(rows: np.ndarray, full: np.ndarray, bits: int, p: float, narrow
         np.clip(q, qmin, qmax, out=q)
         np.subtract(steps, q, out=q)  # the error, in steps of the grid
         if p == 2.0:
-            error = np.einsum("ij,ij->i", q, q, dtype=np.float64)
+            error = np.matmul(q[:, None, :], q[:, :, None]).ravel().astype(np.float64)
         else:
             error = np.power(np.abs(q, out=q), np.float32(p), out=q).sum(axis=1, dtype=np.float64)
         error *= scale[:, 0].astype(np.float64) ** p

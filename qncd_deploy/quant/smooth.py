@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.quant.fold import fold_smoothing
-from qncd_deploy.quant.grid import fake_quantize
+from qncd_deploy.quant.grid import Grid, fake_quantize
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock, paper_factors, repaired_factors
 from qncd_deploy.quant.smoothquant import smoothquant_factors
@@ -85,19 +85,27 @@ def choose(
     weight (O, C, kh, kw) unsmoothed; fit, held_out (N, C, H, W) float32 samples of the convolution's unsmoothed input.
     Activation ranges come from `fit` for both.
     """
-    errors = {label: output_error(s, weight, fit=fit, judge=fit, policy=policy) for label, s in factors.items()}
-    best = min(errors, key=errors.__getitem__)
-    return accept(best, factors[best], weight, fit=fit, held_out=held_out, policy=policy)
+    forms = {label: _Form.of(s, weight, fit=fit, policy=policy) for label, s in factors.items()}
+    exact = _conv(fit, weight)
+    best = min(forms, key=lambda label: forms[label].error(fit, exact))
+    return _accept(best, forms[best], weight, fit=fit, held_out=held_out, policy=policy)
 
 
 def accept(
     label: str, s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
 ) -> Decision:
     """Judge one factor on held-out samples; arguments as in `choose`."""
-    before, after = (
-        output_error(tried, weight, fit=fit, judge=held_out, policy=policy) for tried in (np.ones_like(s), s)
+    return _accept(
+        label, _Form.of(s, weight, fit=fit, policy=policy), weight, fit=fit, held_out=held_out, policy=policy
     )
-    return Decision(label, s, before, after)
+
+
+def _accept(
+    label: str, form: _Form, weight: np.ndarray, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
+) -> Decision:
+    plain = _Form.of(np.ones_like(form.factors), weight, fit=fit, policy=policy)
+    exact = _conv(held_out, weight)
+    return Decision(label, form.factors, plain.error(held_out, exact), form.error(held_out, exact))
 
 
 def output_error(s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, judge: np.ndarray, policy: Policy) -> float:
@@ -106,15 +114,28 @@ def output_error(s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, judge: n
     The activation range is that of fit / s. "Same" padding, stride 1, as in the second convolution of every block; a
     bias would cancel.
     """
-    per_channel = s.reshape(1, -1, 1, 1)
-    act_grid = policy.act_grid(TensorStats.of(fit / per_channel, "smoothed activation"))
-    folded = fold_smoothing(weight, s)
-    quantized = _conv(
-        fake_quantize(judge / per_channel, act_grid), fake_quantize(folded, policy.weight_grid(folded, 0))
-    )
-    exact = _conv(judge, weight)
-    power, noise = float(exact.square().sum()), float((quantized - exact).square().sum())
-    return noise / power if power else noise
+    return _Form.of(s, weight, fit=fit, policy=policy).error(judge, _conv(judge, weight))
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """A convolution quantized with one choice of factors; finding its grids and convolving are what takes the time."""
+
+    factors: np.ndarray
+    act_grid: Grid
+    weight: np.ndarray
+
+    @classmethod
+    def of(cls, s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, policy: Policy) -> _Form:
+        act_grid = policy.act_grid(TensorStats.of(fit / s.reshape(1, -1, 1, 1), "smoothed activation"))
+        folded = fold_smoothing(weight, s)
+        return cls(s, act_grid, fake_quantize(folded, policy.weight_grid(folded, 0)))
+
+    def error(self, x: np.ndarray, exact: torch.Tensor) -> float:
+        """See output_error. exact: conv of x with the float weight."""
+        found = _conv(fake_quantize(x / self.factors.reshape(1, -1, 1, 1), self.act_grid), self.weight)
+        power, noise = float(exact.square().sum()), float((found - exact).square().sum())
+        return noise / power if power else noise
 
 
 def _conv(x: np.ndarray, weight: np.ndarray) -> torch.Tensor:
