@@ -100,6 +100,12 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     help="Correction of the sampling loop; auto fits all and keeps one only if held-out pictures get better.",
 )
 @click.option("--objective", type=click.Choice(OBJECTIVES), default=DEFAULTS.objective, help="What auto chooses by.")
+@click.option(
+    "--fit-size",
+    type=int,
+    default=DEFAULTS.fit_size,
+    help="Pictures that corrections are fitted on; auto chooses on twice as many others.",
+)
 @click.option("--eval-size", type=int, default=DEFAULTS.eval_size, help="Pictures that the figures are measured on.")
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Of calibration, fits and figures.")
 @click.option("--resume/--no-resume", default=True, help="Go on from what a killed run recorded.")

@@ -133,6 +133,9 @@ def sample_command(
 @backend_option
 @remainder_option
 @click.option("--objective", type=click.Choice(["shift", "psnr"]), default="shift", help="What auto chooses by.")
+@click.option(
+    "--fit-size", type=click.IntRange(1), default=32, help="Pictures to fit on; the choice is made on twice as many."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option
 @engine_dir_option
@@ -146,6 +149,7 @@ def fit_command(
     backend: str | None,
     remainder: Remainder | None,
     objective: str,
+    fit_size: int,
     seed: int,
     threads: int | None,
     engine_dir: Path,
@@ -165,6 +169,7 @@ def fit_command(
         eta=eta,
         guidance_scale=guidance_scale,
         objective=objective,
+        size=fit_size,
         seed=seed,
         threads=threads,
     )

@@ -219,7 +219,9 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
     for backend in BACKENDS.values():
         if backend.name == "torch" or backend_status(backend).missing is not None:
             continue
-        fit_options = FitOptions(backend.name, methods=methods, objective=options.objective, seed=options.seed)
+        fit_options = FitOptions(
+            backend.name, methods=methods, objective=options.objective, size=options.fit_size, seed=options.seed
+        )
         with progress.stage(f"corrections for {backend.name}") as tick:
             fitted = fit(bundle, fit_options, tick)
         if options.correction != "auto":

@@ -27,8 +27,8 @@ from qncd_deploy.sampler import Sampler
 from qncd_deploy.specs import EpsModel
 
 METHODS = ("qncd", "qncd:paper")
-FIT_PICTURES = range(1 << 28, (1 << 28) + 32)
-CHOICE_PICTURES = range(1 << 29, (1 << 29) + 64)
+FIRST_FIT_PICTURE = 1 << 28
+FIRST_CHOICE_PICTURE = 1 << 29
 RESAMPLES = 400
 CONFIDENCE = 0.95
 """A method replaces "off" only if it wins in this share of the bootstrap resamples of the pictures."""
@@ -46,7 +46,9 @@ class Fitted:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What to fit for; None is the bundle's own. methods: of METHODS."""
+    """What to fit for; None is the bundle's own. methods: of METHODS. size: pictures to fit on, twice as many to choose
+    by.
+    """
 
     backend: str
     remainder: Remainder | None = None
@@ -56,9 +58,18 @@ class FitOptions:
     guidance_scale: float | None = None
     methods: tuple[str, ...] = METHODS
     objective: str = "shift"
+    size: int = 32
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None
+
+    @property
+    def fit_pictures(self) -> range:
+        return range(FIRST_FIT_PICTURE, FIRST_FIT_PICTURE + self.size)
+
+    @property
+    def choice_pictures(self) -> range:
+        return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + 2 * self.size)
 
 
 def fit(bundle: Bundle, options: FitOptions, tick: Tick) -> Fitted:
@@ -79,8 +90,8 @@ def fit(bundle: Bundle, options: FitOptions, tick: Tick) -> Fitted:
         bundle.sampler(float_twin=True, **opened) as exact,
         bundle.sampler(correction="off", remainder=options.remainder, **opened) as plain,
     ):
-        work = _Work(tick, rows=len(plain.steps), methods=options.methods)
-        tables = tuple(_table(method, exact, plain, options.seed, work) for method in options.methods)
+        work = _Work(tick, rows=len(plain.steps), options=options)
+        tables = tuple(_table(method, exact, plain, options, work) for method in options.methods)
         objective, figures, wins = _judge(bundle, exact, plain, tables, options, work)
     lower_is_better = objective == "shift"
     best = (min if lower_is_better else max)(figures, key=figures.__getitem__)
@@ -105,9 +116,9 @@ def merge_into(path: Path, fitted: Sequence[Fitted]) -> None:
 class _Work:
     """Counts batches of network calls for the progress bar; an upper bound of all there are."""
 
-    def __init__(self, tick: Tick, *, rows: int, methods: Sequence[str]) -> None:
-        fits = 3 * len(FIT_PICTURES) * ("qncd" in methods)
-        self._total = rows * (fits + (2 + len(methods)) * len(CHOICE_PICTURES))
+    def __init__(self, tick: Tick, *, rows: int, options: FitOptions) -> None:
+        fits = 3 * len(options.fit_pictures) * ("qncd" in options.methods)
+        self._total = rows * (fits + (2 + len(options.methods)) * len(options.choice_pictures))
         self._done = 0
         self._tick = tick
 
@@ -116,7 +127,7 @@ class _Work:
         self._tick(self._done, self._total)
 
 
-def _table(method: str, exact: Sampler, plain: Sampler, seed: int, work: _Work) -> CorrectionTable:
+def _table(method: str, exact: Sampler, plain: Sampler, options: FitOptions, work: _Work) -> CorrectionTable:
     if method == "qncd:paper":
         return CorrectionTable(method, plain.table.key, qncd.fit_paper(plain.steps))
     if method != "qncd":
@@ -138,15 +149,15 @@ def _table(method: str, exact: Sampler, plain: Sampler, seed: int, work: _Work) 
         plain.steps,
         rollout=rollout(
             plain.steps,
-            seed=seed,
+            seed=options.seed,
             shape=facts.latent_shape,
             prediction=schedule.prediction,
             scale=plain.initial_scale,
         ),
-        batches=list(_batches(FIT_PICTURES, plain.batch_size)),
+        batches=list(_batches(options.fit_pictures, plain.batch_size)),
         prediction=schedule.prediction,
     )
-    info = {"pictures": len(FIT_PICTURES), "m_gain": [round(fix.m_gain, 4) for fix in fixes]}
+    info = {"pictures": options.size, "m_gain": [round(fix.m_gain, 4) for fix in fixes]}
     return CorrectionTable(method, plain.table.key, fixes, info)
 
 
@@ -166,7 +177,7 @@ def _judge(
     """The objective used, its value by method, and how often each method beats "off" in resamples of the pictures."""
 
     def sample(sampler: Sampler) -> Pictures:
-        return sampler.sample(CHOICE_PICTURES, seed=options.seed, on_state=lambda state: work.add(len(state.x)))
+        return sampler.sample(options.choice_pictures, seed=options.seed, on_state=lambda state: work.add(len(state.x)))
 
     reference = sample(exact)
     rivals = {"off": sample(plain)}
@@ -180,7 +191,8 @@ def _judge(
         )
         rivals[table.method] = sample(corrected)
     rng = np.random.default_rng(options.seed)
-    resamples = rng.integers(0, len(CHOICE_PICTURES), (RESAMPLES, len(CHOICE_PICTURES)))
+    count = len(options.choice_pictures)
+    resamples = rng.integers(0, count, (RESAMPLES, count))
     if options.objective == "shift" and "features" in bundle.manifest.roles and reference.images is not None:
         with FeatureNetwork.open(bundle.file("features"), options.backend) as network:
             truth = network(reference.images).features

@@ -26,7 +26,8 @@ class ExportOptions:
     scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network calls
     recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of
     the multiplications that may stay float where rounding costs most. alpha: None tries several. gate: fold smoothing
-    only where it lowers the held-out error (False is for studies of the method itself).
+    only where it lowers the held-out error (False is for studies of the method itself). fit_size: pictures that
+    corrections are fitted on; auto chooses on twice as many.
     """
 
     checkpoint: Path
@@ -54,6 +55,7 @@ class ExportOptions:
     alpha: float | None = None
     correction: str = "auto"
     objective: str = "shift"
+    fit_size: int = 32
     eval_size: int = 64
     seed: int = 0
     gate: bool = True
@@ -73,6 +75,7 @@ class ExportOptions:
         for flag, count in (
             ("--calib-size", self.calib_size),
             ("--calib-steps", self.calib_steps),
+            ("--fit-size", self.fit_size),
             ("--eval-size", self.eval_size),
         ):
             if count < 1:
