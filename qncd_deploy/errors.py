@@ -11,6 +11,10 @@ class UsageError(QncdError):
     """Arguments that contradict each other or name nothing: exit code 2."""
 
 
+class LabelError(QncdError):
+    """A class that the network does not have, or its null class where a picture's is wanted."""
+
+
 class CheckpointError(QncdError):
     """A checkpoint or its config cannot be read, or is not what it claims to be."""
 

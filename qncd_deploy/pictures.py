@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qncd_deploy.errors import UsageError
+from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.files import atomic_file, save_npz
 
 _GAP = 2  # pixels between the pictures of a grid
@@ -49,13 +49,13 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def check_output(out: Path) -> None:
-    """Refuse an output that save_pictures could not write, before anything is sampled. Raises UsageError."""
+    """Refuse an output that save_pictures could not write, before anything is sampled. Raises as that does."""
     if out.is_dir():
         return
     if out.suffix.lower() not in (".png", ".npz"):
         raise UsageError(f"{out}: neither .png, .npz nor an existing folder. Name one of these after -o.")
     if not out.parent.is_dir():
-        raise UsageError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
+        raise BundleError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
 
 
 def save_pictures(out: Path, pictures: Pictures) -> None:
@@ -65,8 +65,8 @@ def save_pictures(out: Path, pictures: Pictures) -> None:
     .npz    images uint8 NHWC (where there are any), latents float32 NCHW, labels int64
     folder  (existing) one PNG for each picture, named by its index: 000000.png, 000001.png, ...
 
-    Raises: UsageError for another suffix, a missing parent, or pictures without images where only images can be
-    written; BundleError if the disk is full or may not be written.
+    Raises: UsageError for another suffix, or pictures without images where only images can be written; BundleError if
+    the parent is missing, the disk is full or may not be written.
     """
     check_output(out)
     if out.suffix.lower() == ".npz" and not out.is_dir():

@@ -14,7 +14,7 @@ import numpy as np
 
 from qncd_deploy.correct.fitting import ModelFor, Rollout, State
 from qncd_deploy.correct.record import StepFix
-from qncd_deploy.errors import ScheduleError, UsageError
+from qncd_deploy.errors import LabelError, ScheduleError, UsageError
 from qncd_deploy.schedule import Prediction
 from qncd_deploy.specs import Array, EpsModel, NoiseSource
 from qncd_deploy.steps import Memory, Step, absorb, advance, amplify, eps_from_output, output_per_eps
@@ -61,7 +61,7 @@ def labels_for(
     """Class labels of pictures, (N,) int64: picture i takes label i mod classes, the null class not counted, or entry
     i mod len(chosen) of the labels asked for.
 
-    classes: all of them, the null class included. Raises UsageError for a label the model does not know.
+    classes: all of them, the null class included. Raises LabelError for a label the model does not know.
     """
     real = [k for k in range(classes) if k != null_class]
     labels = real if chosen is None else list(chosen)
@@ -69,7 +69,7 @@ def labels_for(
     if wrong or not labels:
         null = "" if null_class is None else f" ({null_class} is the null class)"
         found = f"class label {wrong[0]}" if wrong else "no class label"
-        raise UsageError(f"{found}: the model knows 0 .. {classes - 1}{null}.")
+        raise LabelError(f"{found}: the model knows 0 .. {classes - 1}{null}.")
     return np.array([labels[i % len(labels)] for i in indices], dtype=np.int64)
 
 

@@ -16,7 +16,7 @@ from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, fixed_steps
 from qncd_deploy.engines.base import BaseEngine, Kernel
 from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_roles
-from qncd_deploy.errors import EngineError, UsageError
+from qncd_deploy.errors import EngineError, LabelError, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
 from qncd_deploy.schedule import Schedule
@@ -97,7 +97,10 @@ class Sampler:
         seed: int = 0,
         on_state: Callable[[State], None] | None = None,
     ) -> Iterator[Pictures]:
-        """As sample, but each batch as soon as it is done. Raises UsageError for no pictures or a wrong label."""
+        """As sample, but each batch as soon as it is done.
+
+        Raises: UsageError for no pictures, LabelError for a wrong label.
+        """
         indices = list(range(pictures)) if isinstance(pictures, int) else list(pictures)
         if not indices or min(indices) < 0:
             raise UsageError(f"{pictures} pictures: expected 1 or more, with indices from 0.")
@@ -154,7 +157,7 @@ class Sampler:
         return guided(model, cond, uncond, self.guidance_scale)
 
     def labels(self, indices: Sequence[int], chosen: Sequence[int] | None = None) -> np.ndarray:
-        """Class labels of pictures, (N,) int64, -1 without classes. Raises UsageError for one out of range."""
+        """Class labels of pictures, (N,) int64, -1 without classes. Raises LabelError for one out of range."""
         condition = self.network.facts.condition
         if condition is None:
             if chosen is not None:
@@ -231,7 +234,7 @@ class Sampler:
 def parse_labels(text: str, condition: ConditionFacts | None) -> tuple[int, ...]:
     """What --class-label says: K, K,K,... or "all", as labels to take turns.
 
-    Raises: UsageError for anything else, a class that the network does not have, or its null class.
+    Raises: UsageError for anything else, LabelError for a class that the network does not have and for its null class.
     """
     if condition is None:
         raise UsageError(f"--class-label {text}: the network has no classes. Leave it out.")
@@ -246,12 +249,12 @@ def parse_labels(text: str, condition: ConditionFacts | None) -> tuple[int, ...]
 
 
 def check_labels(labels: Sequence[int], condition: ConditionFacts) -> None:
-    """Raises UsageError, with the valid range, for a class that the network does not have and for its null class."""
+    """Raises LabelError, with the valid range, for a class that the network does not have and for its null class."""
     for label in labels:
         if label == condition.null_class:
-            raise UsageError(f"class {label} is the null class of guidance, not a picture's. {_range(condition)}")
+            raise LabelError(f"class {label} is the null class of guidance, not a picture's. {_range(condition)}")
         if label not in condition.valid:
-            raise UsageError(f"class {label}: the network does not have it. {_range(condition)}")
+            raise LabelError(f"class {label}: the network does not have it. {_range(condition)}")
 
 
 def _range(condition: ConditionFacts) -> str:

@@ -92,7 +92,7 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -
     for name in ("grid.jpg", "grid", ".png.txt"):
         with pytest.raises(UsageError, match=r"neither \.png, \.npz nor an existing folder"):
             check_output(tmp_path / name)
-    with pytest.raises(UsageError, match=r"nowhere/grid\.png: the folder .*nowhere does not exist"):
+    with pytest.raises(BundleError, match=r"nowhere/grid\.png: the folder .*nowhere does not exist"):
         check_output(tmp_path / "nowhere" / "grid.png")
     (tmp_path / "odd.npz").mkdir()
     check_output(tmp_path / "odd.npz")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qncd_deploy.correct.record import StepFix, fixed_steps
-from qncd_deploy.errors import ScheduleError, UsageError
+from qncd_deploy.errors import LabelError, ScheduleError, UsageError
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for, rollout
 from qncd_deploy.schedule import SCHEDULERS, Schedule
 from qncd_deploy.steps import SamplerConfig, make_steps
@@ -356,9 +356,9 @@ def test_labels():
     assert labels_for([1, 2, 3], classes=4, null_class=0).tolist() == [2, 3, 1]
     assert labels_for(range(4), classes=11, null_class=10, chosen=[3, 5]).tolist() == [3, 5, 3, 5]
     assert labels_for([0], classes=2).dtype == np.int64
-    with pytest.raises(UsageError, match=r"class label 11: the model knows 0 \.\. 10 \(10 is the null class\)"):
+    with pytest.raises(LabelError, match=r"class label 11: the model knows 0 \.\. 10 \(10 is the null class\)"):
         labels_for([0], classes=11, null_class=10, chosen=[3, 11])
-    with pytest.raises(UsageError, match="no class label"):
+    with pytest.raises(LabelError, match="no class label"):
         labels_for([0], classes=11, chosen=[])
     with pytest.raises(UsageError, match="seed -1"):
         PictureNoise(-1, [0], SHAPE)

@@ -10,7 +10,7 @@ import pytest
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, identity_table
 from qncd_deploy.engines.base import BaseEngine
-from qncd_deploy.errors import EngineError, UsageError
+from qncd_deploy.errors import EngineError, LabelError, UsageError
 from qncd_deploy.sample import PictureNoise
 from qncd_deploy.sampler import Network, Sampler, parse_labels
 from qncd_deploy.schedule import Schedule
@@ -209,27 +209,29 @@ def test_class_labels_are_a_number_several_or_all(text: str, expected: tuple[int
 
 
 @pytest.mark.parametrize(
-    ("text", "condition", "words"),
+    ("text", "condition", "error", "words"),
     [
-        ("11", TEN, r"class 11: the network does not have it\. Use 0 to 9\."),
-        ("3,-1", TEN, r"class -1: the network does not have it\. Use 0 to 9\."),
-        ("10", TEN, r"class 10 is the null class of guidance, not a picture's\. Use 0 to 9\."),
-        ("1", ConditionFacts("class-labels", 4, 1), r"class 1 is the null class .* Use 0 to 3 without 1\."),
-        ("4", ConditionFacts("class-labels", 4, None), r"class 4: .* Use 0 to 3\."),
-        ("shoe", TEN, r"--class-label shoe: expected a class number, several with commas, or all"),
-        ("3,", TEN, "--class-label 3,: expected a class number"),
-        ("", TEN, "expected a class number"),
-        ("3", None, r"--class-label 3: the network has no classes\. Leave it out\."),
+        ("11", TEN, LabelError, r"class 11: the network does not have it\. Use 0 to 9\."),
+        ("3,-1", TEN, LabelError, r"class -1: the network does not have it\. Use 0 to 9\."),
+        ("10", TEN, LabelError, r"class 10 is the null class of guidance, not a picture's\. Use 0 to 9\."),
+        ("1", ConditionFacts("class-labels", 4, 1), LabelError, r"class 1 is the null class .* Use 0 to 3 without 1\."),
+        ("4", ConditionFacts("class-labels", 4, None), LabelError, r"class 4: .* Use 0 to 3\."),
+        ("shoe", TEN, UsageError, r"--class-label shoe: expected a class number, several with commas, or all"),
+        ("3,", TEN, UsageError, "--class-label 3,: expected a class number"),
+        ("", TEN, UsageError, "expected a class number"),
+        ("3", None, UsageError, r"--class-label 3: the network has no classes\. Leave it out\."),
     ],
 )
-def test_wrong_class_labels_are_refused_with_the_range(text: str, condition: ConditionFacts, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+def test_wrong_class_labels_are_refused_with_the_range(
+    text: str, condition: ConditionFacts, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
         parse_labels(text, condition)
 
 
 def test_wrong_labels_are_refused_before_the_first_call() -> None:
     engine = Gaussian(labels=True)
-    with pytest.raises(UsageError, match="class 12"):
+    with pytest.raises(LabelError, match="class 12"):
         make(engine=engine).sample(30, labels=[0] * 25 + [12])
     with pytest.raises(UsageError, match="bundle: the network has no classes"):
         make(None).sample(1, labels=[0])
