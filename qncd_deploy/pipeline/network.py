@@ -134,6 +134,10 @@ def _from_graph(options: ExportOptions) -> FloatNetwork:
     latent_shape = tuple(size for size in sample.shape[1:] if isinstance(size, int))
     if schedule is not None and len(latent_shape) != 3:
         raise ExportError(f"{path}: input {sample.name!r} is {list(sample.shape)}; sampling needs fixed C, H and W.")
+    if schedule is not None and (unfed := inputs.labels + inputs.conditions):
+        raise ExportError(
+            f"{path}: input {unfed[0]!r} is a condition, and a bare graph is sampled without any. Leave --config out."
+        )
     files = {"graph": path} | ({} if options.config is None else {"config": options.config})
     files |= {external.name: path.parent / external.name for external in _external_files(path, model)}
     return FloatNetwork(
