@@ -127,7 +127,9 @@ class FoldConstants(ir.passes.InPlacePass):
         for value in list(graph.initializers.values()):
             parameter = views.get(value.name)
             if parameter is not None and parameter not in graph.initializers:
-                value.name = value.const_value.name = parameter
+                # Every later stage hashes and writes it: a strided array would be copied each time.
+                array = np.asarray(value.const_value.numpy(), order="C")
+                value.name, value.const_value = parameter, ir.tensor(array, name=parameter)
         return ir.passes.PassResult(model, len(graph) != before)
 
 
