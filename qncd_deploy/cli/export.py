@@ -223,12 +223,15 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
 
 def _smoothing_line(smoothing: Smoothing) -> str:
     lower = sum(decision.kept for decision in smoothing.blocks.values())
-    blocks = f"{lower} of {len(smoothing.blocks)} residual blocks have a lower error with it"
-    if smoothing.network_error is None:
-        return f"in {len(smoothing.folded)} blocks; {blocks}"
-    before, after = smoothing.network_error
-    verdict = f"in {len(smoothing.folded)} blocks" if smoothing.folded else "refused"
-    return f"{verdict}; {blocks}, the network's output error goes from {before:.3g} to {after:.3g}"
+    parts = [f"{lower} of {len(smoothing.blocks)} residual blocks have a lower error with it"]
+    if smoothing.network_error is not None:
+        before, after = smoothing.network_error
+        parts.append(f"the network's output error goes from {before:.3g} to {after:.3g}")
+    if smoothing.latent_snr_db is not None:
+        before, after = smoothing.latent_snr_db
+        parts.append(f"held-out pictures from {before:.1f} to {after:.1f} dB")
+    verdict = f"folded into {len(smoothing.folded)} blocks" if smoothing.folded else "refused"
+    return f"{verdict}: {', '.join(parts)}"
 
 
 def _mebibytes(bundle: Any, prefix: str) -> str:

@@ -19,10 +19,9 @@ from qncd_deploy.errors import CalibrationError
 from qncd_deploy.export.graph import instrument
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.files import sha256_file
-from qncd_deploy.pipeline.network import FloatNetwork
+from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Tick
-from qncd_deploy.sample import labels_for
 from qncd_deploy.specs import TensorSpec
 
 ROWS = 32
@@ -51,13 +50,8 @@ def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, 
 def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
     if network.schedule is None:
         raise CalibrationError("calibration: the graph has no schedule to sample with. Give --calib-data FILE.npz.")
-    condition = network.facts.condition
-    rows = None
-    if condition is not None:
-        labels = labels_for(range(options.calib_size), classes=condition.classes, null_class=condition.null_class)
-        table = np.arange(condition.classes) if network.embedding is None else network.embedding
-        null = None if condition.null_class is None else table[condition.null_class][None]
-        rows = ConditionRows(network.facts.inputs[2].name, table[labels], null)
+    given, null = condition_rows(network, range(options.calib_size))
+    rows = None if given is None else ConditionRows(network.facts.inputs[2].name, given, null)
     return Recipe(
         model_sha256=digest_of(network.files),
         schedule=network.schedule,

@@ -189,6 +189,7 @@ def _smoothing(smoothing: Smoothing) -> dict[str, Any]:
     return {
         "folded": len(smoothing.folded),
         "network_error": None if smoothing.network_error is None else list(smoothing.network_error),
+        "latent_snr_db": None if smoothing.latent_snr_db is None else list(smoothing.latent_snr_db),
         "blocks": {
             name: {
                 "factors": decision.label,

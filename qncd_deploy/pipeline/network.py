@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qncd_deploy.models.source import SourceModel
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.qncd import ResBlock
+from qncd_deploy.sample import labels_for
 from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
 from qncd_deploy.specs import TensorSpec
 from qncd_deploy.steps import SamplerConfig, make_steps
@@ -105,6 +106,19 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
         companions=source.companions,
         notes=source.notes,
     )
+
+
+def condition_rows(network: FloatNetwork, indices: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Rows of the condition for pictures whose labels take turns, and the null row of guidance; None where there is
+    none.
+    """
+    condition = network.facts.condition
+    if condition is None:
+        return None, None
+    labels = labels_for(indices, classes=condition.classes, null_class=condition.null_class)
+    table = np.arange(condition.classes) if network.embedding is None else network.embedding
+    null = None if condition.null_class is None else table[[condition.null_class]]
+    return table[labels], null
 
 
 def _condition_facts(source: SourceModel) -> ConditionFacts | None:

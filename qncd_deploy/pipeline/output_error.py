@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.trajectories import CalibSet
-from qncd_deploy.engines.base import default_backend, find_backend, open_engine
+from qncd_deploy.engines.base import BaseEngine, default_backend, find_backend, open_engine
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.pipeline.calibrate import in_batches
@@ -44,21 +45,30 @@ def output_errors(
     scratch: Path,
 ) -> list[OutputError]:
     """Errors of several quantized forms of `model`, masters made by InsertQDQ from their plans, on the same rows."""
-    backend = find_backend(default_backend())
     outputs = []
     for graph, plan in ((model, None), *quantized):
-        if backend.role == "ort" and plan is not None:
-            graph = graph.clone()
-            OrtSibling(plan)(graph)
-        path = scratch / "judged.onnx"
-        files = save_siblings({path.name: graph}, scratch)
-        with open_engine(backend.name, path, remainder="f32") as engine:
+        with running(graph, plan, scratch) as engine:
             parts = [next(iter(engine(feeds).values())) for feeds in in_batches(rows, inputs)]
-        for file in files:
-            file.unlink(missing_ok=True)
         outputs.append(np.concatenate(parts)[: len(rows)])
     exact, *others = outputs
-    return [OutputError(_power(exact), _power(found - exact)) for found in others]
+    return [OutputError(row_power(exact), row_power(found - exact)) for found in others]
+
+
+@contextmanager
+def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[BaseEngine]:
+    """Open a float graph (no plan) or a master of `plan` with the default engine of this machine, in float32."""
+    backend = find_backend(default_backend())
+    if backend.role == "ort" and plan is not None:
+        graph = graph.clone()
+        OrtSibling(plan)(graph)
+    path = scratch / "running.onnx"
+    files = save_siblings({path.name: graph}, scratch)
+    try:
+        with open_engine(backend.name, path, remainder="f32") as engine:
+            yield engine
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:
@@ -67,5 +77,6 @@ def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:
     return calib.take(np.unique(np.minimum(rows | 1, len(calib) - 1)) if odd else rows)
 
 
-def _power(x: np.ndarray) -> np.ndarray:
+def row_power(x: np.ndarray) -> np.ndarray:
+    """Sum of squares of each row, (rows,) float64."""
     return np.square(x, dtype=np.float64).reshape(len(x), -1).sum(axis=1)

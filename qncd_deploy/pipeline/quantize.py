@@ -19,6 +19,7 @@ from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.smooth import FoldSmoothing
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.calibrate import Probe, in_batches, probing
+from qncd_deploy.pipeline.free_run import latent_snr_db
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
@@ -54,12 +55,14 @@ class Quantized:
 @dataclass(frozen=True, eq=False)
 class Smoothing:
     """blocks: what it does to each residual block, by the name of the second convolution;  folded: the blocks where it
-    is in the graph;  network_error: relative error of the network's output without and with it, None if not compared.
+    is in the graph;  network_error: relative error of the network's output without and with it, None if not compared;
+    latent_snr_db: of free-running pictures without and with it, None if not compared (see _judge).
     """
 
     blocks: Mapping[str, Decision]
     folded: tuple[str, ...]
     network_error: tuple[float, float] | None = None
+    latent_snr_db: tuple[float, float] | None = None
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -87,7 +90,6 @@ def quantize(
     names = {site.name for site in wanted}
     blocks = [block for block in network.resblocks if block.conv2 in names] if options.smooth != "off" else []
     decisions: dict[str, Decision] = {}
-    network_error = None
     if blocks:
         with progress.stage("smoothing") as tick:
             decisions = _smoothing(network, blocks, calib, options, policy, scratch, tick)
@@ -108,25 +110,52 @@ def quantize(
             costs = edge_costs(smoothed, network, chosen, calib, seen, policy, scratch)
             exceptions = keep_float(costs, budget=options.keep_float / 100)
     plan = make_plan(sites, weights, seen, policy, exceptions=exceptions)
-    with progress.stage("graphs"):
-        InsertQDQ(plan)(smoothed)
-        if kept and options.gate:
+    InsertQDQ(plan)(smoothed)
+    smoothing = Smoothing(decisions, tuple(kept))
+    if kept and options.gate:
+        with progress.stage("smoothing, judged"):
             weights = {site.name: _weight(network.model, site.name) for site in network.sites}
             plain_plan = make_plan(network.sites, weights, seen, policy, exceptions=exceptions)
             plain = network.model.clone()
             InsertQDQ(plain_plan)(plain)
-            before, after = output_errors(
-                network.model,
-                [(plain, plain_plan), (smoothed, plan)],
-                network.facts.inputs,
-                spread_rows(calib, JUDGED_ROWS, odd=True),
-                scratch,
-            )
-            network_error = before.relative, after.relative
-            if after.relative > (1 - MIN_GAIN) * before.relative:
-                plan, smoothed, kept = plain_plan, plain, {}
-        smoothing = Smoothing(decisions, tuple(kept), network_error)
+            smoothing = _judge(network, smoothing, (plain, plain_plan), (smoothed, plan), calib, options, scratch)
+            if not smoothing.folded:
+                plan, smoothed = plain_plan, plain
+    with progress.stage("graphs"):
         return Quantized(plan, smoothing, _graphs(network.model, smoothed, plan))
+
+
+def _judge(
+    network: FloatNetwork,
+    smoothing: Smoothing,
+    plain: tuple[ir.Model, QuantPlan],
+    smoothed: tuple[ir.Model, QuantPlan],
+    calib: CalibSet,
+    options: ExportOptions,
+    scratch: Path,
+) -> Smoothing:
+    """Keep smoothing only if the network's output error falls and, where it can sample, pictures come out closer.
+
+    A lower error of single calls is no proof: what is left of it may repeat itself from step to step.
+    """
+    rows = spread_rows(calib, JUDGED_ROWS, odd=True)
+    errors = output_errors(network.model, [plain, smoothed], network.facts.inputs, rows, scratch)
+    before, after = (error.relative for error in errors)
+    smoothing = replace(smoothing, network_error=(before, after))
+    if after > (1 - MIN_GAIN) * before:
+        return replace(smoothing, folded=())
+    if network.schedule is None:
+        return smoothing
+    without, with_it = latent_snr_db(
+        network, [plain, smoothed], pictures=options.fit_size, seed=options.seed, scratch=scratch
+    )
+    gain = with_it - without
+    smoothing = replace(smoothing, latent_snr_db=(float(without.mean()), float(with_it.mean())))
+    chance = _ONE_SIDED_95 * float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return smoothing if gain.mean() > chance else replace(smoothing, folded=())
+
+
+_ONE_SIDED_95 = 1.645
 
 
 def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:

@@ -1,0 +1,70 @@
+"""Run quantized forms of a network through the whole sampling loop beside the float one, before there is a bundle.
+
+What a rounding error does to a picture is decided by how it adds up over the steps, which no error of single calls
+tells: an error that repeats itself is worse than a larger one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qncd_deploy.engines.eps_model import EngineModel
+from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
+from qncd_deploy.pipeline.output_error import row_power, running
+from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.sample import guided, rollout
+from qncd_deploy.specs import EpsModel
+from qncd_deploy.steps import initial_scale, make_steps
+
+FIRST_PICTURE = 3 << 28
+"""Pictures from here on: shared with no other use of a seed."""
+
+BATCH = 16
+
+
+def latent_snr_db(
+    network: FloatNetwork,
+    quantized: Sequence[tuple[ir.Model, QuantPlan]],
+    *,
+    pictures: int,
+    seed: int,
+    scratch: Path,
+) -> list[np.ndarray]:
+    """For every form, masters made by InsertQDQ from their plans: 10 log10 sum x^2 / sum (x_q - x)^2 of each picture's
+    final latents, (pictures,), same noise and labels for all, with the engine of this machine.
+    """
+    size = min(BATCH, pictures)
+    rows = size if network.facts.guidance_scale == 1 else 2 * size
+    latents = []
+    for graph, plan in ((network.model, None), *quantized):
+        with running(graph, plan, scratch) as engine:
+            latents.append(_latents(network, EngineModel.of(engine, rows=rows), pictures, size, seed))
+    exact, *others = latents
+    return [10 * np.log10(row_power(exact) / np.maximum(row_power(found - exact), _LEAST)) for found in others]
+
+
+_LEAST = np.finfo(np.float64).tiny
+
+
+def _latents(network: FloatNetwork, model: EngineModel, pictures: int, size: int, seed: int) -> np.ndarray:
+    assert network.schedule is not None
+    run = rollout(
+        make_steps(network.schedule, network.sampler),
+        seed=seed,
+        shape=network.facts.latent_shape,
+        prediction=network.schedule.prediction,
+        scale=initial_scale(network.schedule, network.sampler),
+    )
+
+    def model_for(indices: Sequence[int]) -> EpsModel:
+        return guided(model, *condition_rows(network, indices), network.facts.guidance_scale)
+
+    parts = []
+    for start in range(0, pictures, size):
+        *_, last = run(model_for, range(FIRST_PICTURE + start, FIRST_PICTURE + min(start + size, pictures)))
+        parts.append(last.x)
+    return np.concatenate(parts)
