@@ -23,12 +23,18 @@ class Run(Protocol):
 
 
 def observe(
-    run: Run, batches: Iterable[Mapping[str, np.ndarray]], names: Sequence[str], *, budget_bytes: int = BUDGET_BYTES
+    run: Run,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    names: Sequence[str],
+    *,
+    row_bytes: Mapping[str, int] | None = None,
+    budget_bytes: int = BUDGET_BYTES,
 ) -> dict[str, TensorStats]:
     """Statistics of every named tensor over all batches, in the order of `names`.
 
-    The first batch tells how large the tensors are; from then on as many are fetched per run as fit into budget_bytes
-    together, at least one. Names that are inputs of the network are read off the batch: a graph does not return those.
+    As many tensors are fetched per run as fit into budget_bytes together, at least one. How large they are is told by
+    row_bytes (per row of the batch), else by the first batch, in several cautious runs. Names that are inputs of the
+    network are read off the batch: a graph does not return those.
 
     Raises: CalibrationError if there is no batch, or a tensor is empty or not finite (the message names it).
     """
@@ -37,6 +43,9 @@ def observe(
     sizes: dict[str, int] = {}
     for feeds in batches:
         inner = [name for name in names if name not in feeds]
+        if not sizes and row_bytes:
+            rows = len(next(iter(feeds.values())))
+            sizes = {name: rows * row_bytes[name] for name in inner if name in row_bytes}
         _merge(stats, [name for name in names if name in feeds], feeds)
         for part in _parts(inner, sizes, budget_bytes):
             outputs = run(feeds, part)

@@ -79,14 +79,20 @@ def digest_of(files: Mapping[str, Path]) -> str:
 
 
 class Probe:
-    """A float graph whose inner tensors can be asked for; see calib.observe.Run."""
+    """A float graph whose inner tensors can be asked for; see calib.observe.Run. row_bytes: how large they are."""
 
-    def __init__(self, engine: OrtEngine) -> None:
+    def __init__(self, engine: OrtEngine, row_bytes: Mapping[str, int]) -> None:
+        self.row_bytes = row_bytes
         self._engine = engine
 
     def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> dict[str, np.ndarray]:
         inner = [name for name in names if name not in feeds]
         return {**{name: feeds[name] for name in names if name in feeds}, **self._engine.fetch(feeds, inner)}
+
+
+def row_values(value: ir.Value) -> int:
+    """Elements per row of the batch; a size that is not known counts as 1, a tensor without any shape as nothing."""
+    return 0 if value.shape is None else math.prod(size for size in value.shape[1:] if isinstance(size, int))
 
 
 @contextmanager
@@ -97,7 +103,8 @@ def probing(model: ir.Model, names: Sequence[str], scratch: Path) -> Iterator[Pr
     try:
         with open_engine("onnxruntime", graph) as engine:
             assert isinstance(engine, OrtEngine)
-            yield Probe(engine)
+            sizes = {out.name: 4 * row_values(out) for node in model.graph for out in node.outputs}
+            yield Probe(engine, sizes)
     finally:
         for file in files:
             file.unlink(missing_ok=True)

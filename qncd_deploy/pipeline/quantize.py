@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +100,7 @@ def quantize(
     edges += [site.output for site in sites if site.name in names and site.op == "Conv"]
     edges += [block.edge for block in blocks if block.conv2 in kept]  # for the plan without smoothing
     with progress.stage("ranges") as tick, probing(smoothed, edges, scratch) as probe:
-        seen = observe(probe, _counted(network, calib, tick), edges)
+        seen = observe(probe, _counted(network, calib, tick), edges, row_bytes=probe.row_bytes)
     weights = {site.name: _weight(smoothed, site.name) for site in sites}
     exceptions: Mapping[str, str] = {}
     if options.keep_float:
@@ -184,9 +183,9 @@ def _smoothing(
     decisions = {}
     with probing(network.model, [*edges, *embeddings], scratch) as probe:
         some = calib.take(np.unique(np.linspace(0, len(calib) - 1, min(RANGE_ROWS, len(calib))).astype(int)))
-        seen = observe(probe, _counted(network, some, tick), edges)
+        seen = observe(probe, _counted(network, some, tick), edges, row_bytes=probe.row_bytes)
         spoken = _fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
-        for count, group in _by_sample_rows(network, blocks, calib).items():
+        for count, group in _by_sample_rows(blocks, probe, calib).items():
             samples = _fetch(probe, network, _pairs(calib, count), [block.edge for block in group])
             for block in group:
                 weight, x = _weight(network.model, block.conv2), samples.pop(block.edge)
@@ -207,13 +206,11 @@ def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
     return calib.take(np.unique(times, return_index=True)[1])
 
 
-def _by_sample_rows(network: FloatNetwork, blocks: Sequence[ResBlock], calib: CalibSet) -> dict[int, list[ResBlock]]:
+def _by_sample_rows(blocks: Sequence[ResBlock], probe: Probe, calib: CalibSet) -> dict[int, list[ResBlock]]:
     """The blocks by how many rows each is judged on, so that one run of the network serves all that take as many."""
-    shapes = {out.name: out.shape for node in network.model.graph for out in node.outputs}
     groups: dict[int, list[ResBlock]] = {}
     for block in blocks:
-        row_bytes = 4 * math.prod(size for size in shapes[block.edge][1:] if isinstance(size, int))
-        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // row_bytes))
+        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[block.edge])))
         groups.setdefault(count, []).append(block)
     return groups
 

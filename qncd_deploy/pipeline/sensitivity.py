@@ -13,7 +13,7 @@ from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import open_engine
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.export.save import save_siblings
-from qncd_deploy.pipeline.calibrate import in_batches
+from qncd_deploy.pipeline.calibrate import in_batches, row_values
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.quant.budget import EdgeCost, output_noise
 from qncd_deploy.quant.plan import LayerSite
@@ -40,7 +40,7 @@ def edge_costs(
 
     model: the float graph that the sites and the statistics are of.
     """
-    row_bytes = _HELD_PER_VALUE * sum(_row_values(out) for node in model.graph for out in node.outputs)
+    row_bytes = _HELD_PER_VALUE * sum(row_values(out) for node in model.graph for out in node.outputs)
     fixed = network.facts.inputs[0].shape[0]
     size = fixed if isinstance(fixed, int) else min(BATCH, MEMORY_BYTES // max(row_bytes, 1))
     if size < 1 or size * row_bytes > 2 * MEMORY_BYTES:
@@ -78,13 +78,6 @@ def edge_costs(
     ]
 
 
-def _row_values(value: ir.Value) -> int:
-    """Elements per row of the batch, as far as the shape is known."""
-    if value.shape is None:
-        return 0
-    return int(np.prod([size for size in value.shape[1:] if isinstance(size, int)], dtype=np.int64))
-
-
 def _macs(site: LayerSite, output: ir.Value) -> int:
     """Multiplications per row: every output element takes one per weight of its channel."""
-    return _row_values(output) * int(np.prod(site.shape, dtype=np.int64)) // site.shape[site.out_axis]
+    return row_values(output) * int(np.prod(site.shape, dtype=np.int64)) // site.shape[site.out_axis]
