@@ -30,7 +30,7 @@ NUMBERS = 1 << 16
 both, and ONNX Runtime holds every observed tensor until a run ends, whether it is fetched or not."""
 
 PICTURES = 16
-"""Pictures sampled together while calibration inputs are recorded; fewer as with ROWS."""
+"""Pictures sampled together before there is a bundle; fewer as with ROWS."""
 
 
 def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, name: str, tick: Tick) -> CalibSet:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.engines.eps_model import EngineModel
+from qncd_deploy.pipeline.calibrate import PICTURES, rows_per_run
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
 from qncd_deploy.pipeline.output_error import row_power, running
 from qncd_deploy.quant.plan import QuantPlan
@@ -22,8 +23,6 @@ from qncd_deploy.steps import initial_scale, make_steps
 
 FIRST_PICTURE = 3 << 28
 """Pictures from here on: shared with no other use of a seed."""
-
-BATCH = 16
 
 
 def latent_snr_db(
@@ -37,7 +36,7 @@ def latent_snr_db(
     """For every form, masters made by InsertQDQ from their plans: 10 log10 sum x^2 / sum (x_q - x)^2 of each picture's
     final latents, (pictures,), same noise and labels for all, with the engine of this machine.
     """
-    size = min(BATCH, pictures)
+    size = min(pictures, rows_per_run(network.facts.latent_shape, most=PICTURES))
     rows = size if network.facts.guidance_scale == 1 else 2 * size
     latents = []
     for graph, plan in ((network.model, None), *quantized):
