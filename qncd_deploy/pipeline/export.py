@@ -123,7 +123,7 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     with progress.stage("calibration") as tick:
         calib = calibration_set(network, options, graph, _name(options), tick)
     quantized = quantize(network, calib, options, scratch, progress)
-    if network.schedule is None:
+    if options.brings_graph:
         with progress.stage("output error"):
             rows = spread_rows(calib, CHECKED_ROWS)
             form = [(quantized.graphs[GRAPHS["master"]], quantized.plan)]
