@@ -21,6 +21,12 @@ from qncd_deploy.quant.grid import Grid, fake_quantize
 LEAST_SHARE = 0.03
 """A layer that makes less than this share of the error is not worth an exception."""
 
+TOO_NOISY = 0.005
+"""Of the output's power, 23 dB: with as much again from rounded weights and from what first order misses, 20 dB."""
+
+LARGEST_BUDGET = 0.1
+"""What may stay float of a network whose output would otherwise be too noisy."""
+
 
 @dataclass(frozen=True)
 class EdgeCost:
@@ -47,16 +53,19 @@ def output_noise(x: np.ndarray, gradients: Sequence[np.ndarray], grid: Grid, sig
 def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, str]:
     """Layers to leave in float with the reason of each: the noisiest per multiplication while they fit in the budget.
 
-    budget: share of all multiplications in `costs` that may stay float, 0 to 1.
+    budget: share of all multiplications in `costs` that may stay float, 0 to 1; up to LARGEST_BUDGET of them while the
+    other layers are predicted to make more than TOO_NOISY of the output's power.
     """
     noise, macs = sum(cost.noise for cost in costs), sum(cost.macs for cost in costs)
-    left, chosen = budget * macs, {}
+    left_noise, spent, chosen = noise, 0, {}
     for cost in sorted(costs, key=lambda cost: cost.noise / max(cost.macs, 1), reverse=True):
         share = cost.noise / noise if noise else 0.0
-        if share < LEAST_SHARE or cost.macs > left:
+        allowed = max(budget, LARGEST_BUDGET) if left_noise > TOO_NOISY else budget
+        if share < LEAST_SHARE or spent + cost.macs > allowed * macs:
             continue
-        left -= cost.macs
-        spent = f"{cost.macs / macs:.1%} of the arithmetic"
-        reason = f"rounding its input would make {share:.0%} of the output error, for {spent}"
+        spent += cost.macs
+        left_noise -= cost.noise
+        part = f"{cost.macs / macs:.1%} of the arithmetic"
+        reason = f"rounding its input would make {share:.0%} of the output error, for {part}"
         chosen |= dict.fromkeys(cost.layers, reason)
     return chosen
