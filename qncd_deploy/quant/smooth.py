@@ -145,4 +145,4 @@ def _conv(x: np.ndarray, weight: np.ndarray) -> torch.Tensor:
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    return torch.from_numpy(np.require(x, np.float32, ("C", "W")))  # torch warns of arrays that it may not write
