@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -95,11 +96,13 @@ class Bundle:
         return SamplerConfig(scheduler, own.n_steps if n_steps is None else n_steps, eta)
 
     def guidance(self, scale: float | None = None) -> float:
-        """The guidance scale to use: `scale`, else the bundle's own. Raises UsageError without a null class to guide
-        by.
+        """The guidance scale to use: `scale`, else the bundle's own. Raises UsageError for no number and without a
+        null class to guide by.
         """
         condition = self.manifest.model.condition
         scale = self.manifest.model.guidance_scale if scale is None else scale
+        if not math.isfinite(scale):
+            raise UsageError(f"--guidance-scale {scale}: expected a number.")
         if scale != 1 and condition is None:
             raise UsageError(f"{self.path}: the network has no classes, so --guidance-scale {scale:g} means nothing.")
         if scale != 1 and condition is not None and condition.null_class is None:
