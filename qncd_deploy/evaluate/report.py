@@ -55,8 +55,7 @@ class CorrectionChoice:
 class ReportData:
     """All that the page shows.
 
-    manifest: of the bundle; its quality["smoothing"], if any, is {weight: {"factors", "kept", "output_error_before",
-    "output_error_after"}};  layers: those of plan.json;  graph_bytes: by file name, measure.graph_bytes;  comparison:
+    manifest: of the bundle; its quality["smoothing"], if any, as pipeline.export writes it;  layers: those of plan.json;  graph_bytes: by file name, measure.graph_bytes;  comparison:
     None for a network that cannot sample;  command: what makes the bundle again;  variant: which one of the
     comparison the bundle is, its first one by default.
     """

@@ -30,7 +30,7 @@ from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
-from qncd_deploy.pipeline.proof import Proof, prove
+from qncd_deploy.pipeline.proof import Proof, prove, write_page
 from qncd_deploy.pipeline.quantize import Quantized, Smoothing, policy_of, quantize
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.runtime import Bundle
@@ -75,7 +75,8 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         _write_network(folder, network, quantized)
         manifest = write_manifest(folder, _manifest(network, quantized, options))
         if network.schedule is None:
-            return _finish_graph(folder, target, manifest, network, quantized)
+            write_page(Bundle(folder, manifest), {}, None, command=command)
+            return Exported(Bundle(target, manifest), quantized, {}, None, network.notes)
         fitted = {} if options.correction == "off" else _fitted(Bundle(folder, manifest), options, progress)
         if fitted:
             merge_into(folder / "corrections.npz", list(fitted.values()))
@@ -85,6 +86,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
             proof = prove(Bundle(folder, manifest), size=options.eval_size, seed=options.seed, tick=tick)
         quality = {**manifest.quality, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
+        write_page(Bundle(folder, manifest), fitted, proof, command=command)
     return Exported(Bundle(target, manifest), quantized, fitted, proof, network.notes)
 
 
@@ -204,13 +206,6 @@ def _smoothing(smoothing: Smoothing) -> dict[str, Any]:
 
 def _output(plan: QuantPlan) -> dict[str, Any]:
     return {} if plan.output_sqnr_db is None else {"output_sqnr_db": plan.output_sqnr_db}
-
-
-def _finish_graph(
-    folder: Path, target: Path, manifest: Manifest, network: FloatNetwork, quantized: Quantized
-) -> Exported:
-    write_manifest(folder, manifest)
-    return Exported(Bundle(target, manifest), quantized, {}, None, network.notes)
 
 
 def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:

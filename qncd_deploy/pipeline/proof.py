@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qncd_deploy.engines.base import default_backend
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
 from qncd_deploy.evaluate.judge import Draw, Figures
+from qncd_deploy.evaluate.measure import graph_bytes
+from qncd_deploy.pipeline.fit import Fitted
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
 
@@ -60,3 +63,25 @@ def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
+
+
+def write_page(bundle: Bundle, fitted: Mapping[str, Fitted], proof: Proof | None, *, command: str) -> bool:
+    """Write report.html into the bundle, if the libraries of the `report` extra are here; says whether it did."""
+    try:
+        from qncd_deploy.evaluate.report import CorrectionChoice, ReportData, write_report
+    except ImportError:
+        return False
+    manifest = bundle.manifest
+    graphs = [manifest.roles[role] for role in ("float", "master", "trt", "ort")]
+    data = ReportData(
+        manifest=manifest,
+        layers=bundle.plan["layers"],
+        graph_bytes={name: graph_bytes(bundle.path / name) for name in graphs},
+        command=command,
+        comparison=None if proof is None else proof.comparison,
+        corrections=[
+            CorrectionChoice(engine, each.choice, each.objective, each.figures) for engine, each in fitted.items()
+        ],
+    )
+    write_report(bundle.path / "report.html", data)
+    return True
