@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = write(arguments.folder, seed=arguments.seed)
     command = ["qncd-export", str(path), "--int8", "--name", "ldm4", "--n-steps", "4", "--calib-size", "2"]
-    command += ["--calib-steps", "4", "--eval-size", "2", "--correction", "off"]
+    command += ["--calib-steps", "4", "--eval-size", "2", "--fit-size", "2", "--correction", "off"]
     print(shlex.join(command))
 
 

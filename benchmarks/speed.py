@@ -2,10 +2,10 @@
 
     python benchmarks/speed.py --model unet64 --work FOLDER     16 M parameters, 3x64x64, random weights, exported here
     python benchmarks/speed.py --model demo --work FOLDER       the demo checkpoint, exported here
-    --bundle PATH                                               measure this export instead of making one
+    --bundle PATH [--checkpoint PATH]                           measure this export instead of making one
 
 Rounds are interleaved, A B C ... A B C ..., so that drift hits all alike. In each round a variant is called once to
-warm up what the previous one left cold, then CALLS times; the round's time is the median of these. Ratios are taken
+warm up what the previous one left cold, then a few times; the round's time is the median of these. Ratios are taken
 within rounds. Inputs are those that the float sampler meets on its way from noise to picture. SNR is
 10 log10 sum y^2 / sum (y' - y)^2 against ONNX Runtime float. Times depend on shapes alone, SNRs on the weights too:
 those of random weights say that the arithmetic is right, not how good a trained network's pictures are.
@@ -44,7 +44,6 @@ from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
 
 DEMO = Path(__file__).parents[1] / "calib_data/fashion-ldm/model.ckpt"
-CALLS = 3
 BASELINE = "ONNX Runtime float"
 OPENVINO: tuple[tuple[str, str, Remainder], ...] = (
     ("OpenVINO f32", "float", "f32"),
@@ -73,19 +72,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("unet64", "demo"), default="unet64")
     parser.add_argument("--work", type=Path, default=Path("export"), help="where the export goes")
+    parser.add_argument("--checkpoint", type=Path, help="what the bundle was made of, if it is neither model")
     parser.add_argument("--bundle", type=Path, help="an export of this model that is there already")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures a call; guidance makes two rows of each")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=3, help="timed calls a round")
+    parser.add_argument("--inputs", type=int, help="of the sampler's calls, the first so many  [default: all]")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the raw samples go")
     arguments = parser.parse_args()
-    checkpoint = DEMO if arguments.model == "demo" else write_unet64(arguments.work / "unet64", seed=arguments.seed)
+    checkpoint = arguments.checkpoint or DEMO
+    if arguments.model == "unet64" and not arguments.checkpoint:
+        checkpoint = write_unet64(arguments.work / "unet64", seed=arguments.seed)
     bundle = Bundle.open(arguments.bundle) if arguments.bundle else make_bundle(checkpoint, arguments)
-    feeds = recorded_feeds(bundle, arguments.batch_size, arguments.seed)
+    feeds = recorded_feeds(bundle, arguments.batch_size, arguments.seed)[: arguments.inputs]
     with ExitStack() as opened:
         variants = open_variants(bundle, checkpoint, feeds[0], arguments.threads, opened)
-        measure(variants, feeds, arguments.rounds)
+        measure(variants, feeds, arguments.rounds, arguments.calls)
     rows = [figures(variant, {v.name: v for v in variants}[BASELINE]) for variant in variants]
     context = describe(arguments, bundle, feeds)
     print(markdown(rows, context))
@@ -200,7 +204,7 @@ def ort_integers(path: Path) -> int:
     return sum("QLinear" in node.op_type or "Integer" in node.op_type for node in graph.node)
 
 
-def measure(variants: Sequence[Variant], feeds: Sequence[Feeds], rounds: int) -> None:
+def measure(variants: Sequence[Variant], feeds: Sequence[Feeds], rounds: int, calls: int) -> None:
     """Fill in the outputs on all feeds, which warms up too, and the seconds of every round."""
     for variant in variants:
         variant.outputs = [np.array(variant.run(fed)) for fed in feeds]
@@ -208,7 +212,7 @@ def measure(variants: Sequence[Variant], feeds: Sequence[Feeds], rounds: int) ->
         fed = feeds[turn % len(feeds)]
         for variant in variants:
             samples = []
-            for _ in range(1 + CALLS):
+            for _ in range(1 + calls):
                 started = time.perf_counter()
                 variant.run(fed)
                 samples.append(time.perf_counter() - started)
@@ -242,8 +246,8 @@ def describe(arguments: argparse.Namespace, bundle: Bundle, feeds: Sequence[Feed
     return {
         "command": command_line(),
         "network": f"{bundle.manifest.name}, {millions:.1f} M weights, {quantized} of {len(layers)} layers in INT8",
-        "inputs": f"{shapes}; {len(feeds)} calls of the float sampler",
-        "rounds": f"{arguments.rounds} of {CALLS} calls each",
+        "inputs": f"{shapes}; from {len(feeds)} calls of the float sampler",
+        "rounds": f"{arguments.rounds} of {arguments.calls} calls each",
         "seed": str(arguments.seed),
         "processor": f"{cpu} ({', '.join(wide) or 'no integer or bfloat16 extensions'})",
         "threads": f"{arguments.threads} of {os.cpu_count()} cores",
