@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from qncd_deploy.models.first_stage import build_decoder, decoder_sources, read_
 from qncd_deploy.models.ldm_config import Section
 from qncd_deploy.models.ldm_unet import build_unet, read_unet_params, unet_sources
 
-UNET = {
+UNET: dict[str, Any] = {
     **{"image_size": 64, "in_channels": 3, "out_channels": 3, "model_channels": 192, "num_res_blocks": 2},
     **{"attention_resolutions": [8, 4, 2], "channel_mult": [1, 2, 3, 5], "num_heads": 1},
     **{"use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 512},
@@ -35,7 +35,7 @@ DDCONFIG = {
     **{"ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0},
 }
 FIRST_STAGE = {"embed_dim": 3, "n_embed": 8192, "ddconfig": DDCONFIG, "lossconfig": {"target": "torch.nn.Identity"}}
-CLASSES = {"n_classes": 1001, "embed_dim": 512, "key": "class_label"}
+CLASSES: dict[str, Any] = {"n_classes": 1001, "embed_dim": 512, "key": "class_label"}
 CONFIG = {
     "model": {
         "base_learning_rate": 1e-4,
@@ -82,7 +82,7 @@ def write(folder: Path, *, seed: int) -> Path:
     return path
 
 
-def _random(sources: Mapping[str, Source], generator: torch.Generator) -> Any:
+def _random(sources: Mapping[str, Source], generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights of variance 1 / fan-in keep activations near 1 between the norms; norms scale by about 1."""
     for key, shape in {source.key: source.shape for source in sources.values()}.items():
         values = torch.randn(shape, generator=generator)
