@@ -126,12 +126,12 @@ def data() -> ReportData:
         ConditionFacts("class-tokens", 11, 10),
     )
     smoothing = {
-        "mid.conv2.weight": {
-            "factors": "qncd alpha 0.5",
-            "kept": True,
-            "output_error_before": 1e-3,
-            "output_error_after": 2e-4,
-        }
+        "folded": 1,
+        "network_error": [1e-4, 9e-5],
+        "latent_snr_db": [43.8, 44.9],
+        "blocks": {
+            "mid.conv2.weight": {"factors": "qncd alpha 0.5", "folded": True, "block_error": [1e-3, 2e-4]},
+        },
     }
     manifest = Manifest(
         EVIL,

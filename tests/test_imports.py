@@ -17,15 +17,23 @@ ORDER = (
     "quant", "export", "engines", "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
+EXPORTING = tuple(f"pipeline/{name}.py" for name in (
+    "calibrate", "network", "quantize", "output_error", "free_run", "sensitivity", "export", "dry_run",
+))  # fmt: skip
+"""Parts of the pipeline that only `qncd export` runs."""
+
 ISLANDS = {
     "torch": ("checkpoint", "models", "quant", "export/trace.py", "engines/torch_"),
     "diffusers": ("models",),
     "safetensors": ("checkpoint",),
+    "yaml": ("models", "pipeline/network.py"),
     "onnx": ("export", "engines/torch_"),
-    "onnx_ir": ("export",),
+    "onnx_ir": ("export", *EXPORTING),
     "onnxscript": ("export",),
     "openvino": ("engines/openvino.py",),
     "onnxruntime": ("engines/ort.py",),
+    "jinja2": ("evaluate/report.py",),
+    "matplotlib": ("evaluate/report.py",),
     "tensorrt": (),
     "tensorrt_rtx": (),
 }
