@@ -1,0 +1,87 @@
+"""Quality of the demo's INT8 forms against the float twin: what each part of the recipe is worth, ungated forms too.
+
+    python benchmarks/quality.py --pictures 2000 --out benchmarks/results/quality.md
+
+Exports one bundle per recipe, samples all with the same seeds and labels, and writes a table. Pictures are those of a
+seed that no export calibrates, fits or chooses on. Bundles that exist already are used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+from qncd_deploy.cli.progress import Bars
+from qncd_deploy.evaluate.compare import Variant, compare
+from qncd_deploy.evaluate.judge import Draw
+from qncd_deploy.pipeline.export import export
+from qncd_deploy.pipeline.options import ExportOptions
+
+NAIVE = {"calib_method": "minmax", "smooth": "off", "keep_float": 0.0}
+RECIPES: dict[str, dict[str, object]] = {
+    "naive: min-max, nothing else": NAIVE,
+    "least-squares ranges": {**NAIVE, "calib_method": "mse"},
+    "sensitive layers in float": {"smooth": "off"},
+    "default (smoothing and correction gated)": {},
+    "smoothing forced, qncd": {"gate": False},
+    "smoothing forced, qncd:paper": {"gate": False, "smooth": "qncd:paper"},
+}
+CORRECTED = "default (smoothing and correction gated)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("calib_data/fashion-ldm/model.ckpt"))
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("export"), help="where the bundles go")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
+    given = parser.parse_args()
+    bars, bundles = Bars(), {}
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        correction = "auto" if name == CORRECTED else "off"
+        options = ExportOptions(
+            given.checkpoint,
+            name=f"quality-{number}",
+            onnx_dir=given.work,
+            correction=correction,
+            eval_size=16,
+            **recipe,
+        )
+        bundles[name] = export(options, bars, command="").bundle
+    variants = [Variant(name, "openvino", "off", bundle=bundle) for name, bundle in bundles.items()]
+    variants += [
+        Variant(f"{method} at run time, forced", "openvino", method, bundle=bundles[CORRECTED])
+        for method in ("qncd", "qncd:paper")
+    ]
+    draw = Draw(given.pictures, seed=given.seed, batch_size=32)
+    with bars.stage("pictures") as tick:
+        found = compare(bundles[CORRECTED], variants, draw, traced=64, on_progress=tick)
+    float_ = found.reference
+    lines = [
+        f"# Quality of the demo at W8A8, {given.pictures} pictures of seed {given.seed}",
+        "",
+        f"`python benchmarks/quality.py --pictures {given.pictures} --seed {given.seed}`; {float_.engine}, DDIM "
+        f"{float_.calls} steps, guidance 1.5; {platform.machine()}, Python {platform.python_version()}. Intervals: 95 %,"
+        " bootstrap.",
+        "",
+        "| network | PSNR, dB | shift | IS | accuracy | FID | output SNR first, middle, last call, dB | extra calls |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| float | | 0 | {float_.inception_score:.3f} | {float_.accuracy:.4f} | {float_.fid:.4f} | | 0 |",
+    ]
+    for row in found.variants:
+        snr = row.output_snr_db
+        lines.append(
+            f"| {row.name} | {row.psnr.value:.2f} ({row.psnr.low:.2f} to {row.psnr.high:.2f}) | {row.shift.value:.6f} "
+            f"({row.shift.low:.6f} to {row.shift.high:.6f}) | {row.inception_score:.3f} | {row.accuracy:.4f} | "
+            f"{row.fid:.4f} | "
+            f"{snr[0]:.1f}, {snr[len(snr) // 2]:.1f}, {snr[-1]:.1f} | {row.extra_calls} |"
+        )
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
