@@ -1,0 +1,50 @@
+"""What the tests of the command line and the pipeline share: tiny networks, exported once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_helpers import SMALL, Export
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional CompVis checkpoint with random weights: five classes and a null class, 3x8x8 latents."""
+    for library in ("torch", "diffusers", "onnx_ir", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason=f"exporting needs {library}")
+    from ldm_checkpoint import UNETS, Written
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    folder.mkdir()
+    return Written(folder, UNETS["transformer-head-channels"]).save()
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """`qncd export` of the tiny checkpoint, to be read only."""
+    return Export(checkpoint, SMALL, tmp_path_factory.mktemp("exported"), "tiny").made()
+
+
+@pytest.fixture(scope="session")
+def bundle(exported: Export) -> Path:
+    """The bundle of the tiny checkpoint, to be read only."""
+    return exported.bundle
+
+
+@pytest.fixture(scope="session")
+def calibration(exported: Export) -> Path:
+    """The calibration set of the tiny checkpoint: an npz that fits its float twin."""
+    (path,) = (exported.home / "calib_data").rglob("calibration-*.npz")
+    return path
+
+
+@pytest.fixture(scope="session")
+def own_graph(exported: Export, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """`qncd export` of a graph of the user's own, here the tiny network's float twin without a schedule.
+
+    Seconds quicker than that of a checkpoint, since nothing is traced, and to be read only as well.
+    """
+    options = ("--name", "own", "--calib-data", calibration)
+    home = tmp_path_factory.mktemp("own")
+    return Export(exported.bundle / "unet-float.onnx", options, home, "own").made()
