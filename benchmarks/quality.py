@@ -63,8 +63,8 @@ def main() -> None:
         f"# Quality of the demo at W8A8, {given.pictures} pictures of seed {given.seed}",
         "",
         f"`python benchmarks/quality.py --pictures {given.pictures} --seed {given.seed}`; {float_.engine}, DDIM "
-        f"{float_.calls} steps, guidance 1.5; {platform.machine()}, Python {platform.python_version()}. Intervals: 95 %,"
-        " bootstrap.",
+        f"{float_.calls} steps, guidance 1.5; {platform.machine()}, Python {platform.python_version()}. "
+        "Intervals: 95 %, bootstrap.",
         "",
         "| network | PSNR, dB | shift | IS | accuracy | FID | output SNR first, middle, last call, dB | extra calls |",
         "|---|---|---|---|---|---|---|---|",

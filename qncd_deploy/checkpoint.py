@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qncd_deploy.errors import CheckpointError
+from qncd_deploy.errors import CheckpointError, first_line
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _CONTAINERS = ("state_dict", "model_state_dict", "ema", "model_ema", "model", "module")  # the averaged weights first
@@ -136,17 +136,12 @@ def finite_float32(tensor: Tensor, *, where: str, name: str) -> Tensor:
     return values
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of a library's message, for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-
-
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not a complete safetensors file ({one_line(error)}). Download or copy it again."
+            f"{path}: not a complete safetensors file ({first_line(error)}). Download or copy it again."
         ) from error
 
 
@@ -166,7 +161,7 @@ def _unpickled(path: Path, *, zipped: bool) -> Any:
         refused = match[1]
     except Exception as error:  # the reader has no error type of its own: RuntimeError, EOFError, KeyError, ...
         raise CheckpointError(
-            f"{path}: not a complete torch checkpoint ({one_line(error)}). Download or copy it again."
+            f"{path}: not a complete torch checkpoint ({first_line(error)}). Download or copy it again."
         ) from error
     raise CheckpointError(
         f"{path}: asks to run or build '{refused}', expected weights alone; nothing of it was run. "

@@ -53,3 +53,9 @@ class BuildFailed(EngineError):
 
 class GateFailed(QncdError):
     """A --require-* gate was not met: exit code 3."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, without its full stop, for a message of ours."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__).rstrip(". ")

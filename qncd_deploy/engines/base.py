@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qncd_deploy.errors import BackendMissing, EngineError
+from qncd_deploy.errors import BackendMissing, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
 if TYPE_CHECKING:
@@ -239,11 +239,6 @@ def check_feeds(path: Path, inputs: Mapping[str, TensorSpec], feeds: Mapping[str
             )
         checked[name] = array
     return checked
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message that says something, for a one-line error of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _import(backend: Backend) -> object:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from qncd_deploy.engines.base import BaseEngine, Kernel, Remainder, first_line
-from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError
+from qncd_deploy.engines.base import BaseEngine, Kernel, Remainder
+from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
 from qncd_deploy.files import atomic_file, canonical_json, sha256_file
 from qncd_deploy.specs import TensorSpec
 

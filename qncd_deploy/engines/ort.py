@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds, first_line
-from qncd_deploy.errors import BuildFailed, EngineError
+from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds
+from qncd_deploy.errors import BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
 PROVIDERS = ("CPUExecutionProvider",)

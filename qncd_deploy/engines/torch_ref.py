@@ -17,9 +17,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds, first_line
+from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds
 from qncd_deploy.engines.torch_ops import OPERATORS, torch_dtype
-from qncd_deploy.errors import BuildFailed, EngineError
+from qncd_deploy.errors import BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
 OPSETS = range(13, 24)

@@ -55,9 +55,9 @@ class CorrectionChoice:
 class ReportData:
     """All that the page shows.
 
-    manifest: of the bundle; its quality["smoothing"], if any, as pipeline.export writes it;  layers: those of plan.json;  graph_bytes: by file name, measure.graph_bytes;  comparison:
-    None for a network that cannot sample;  command: what makes the bundle again;  variant: which one of the
-    comparison the bundle is, its first one by default.
+    manifest: of the bundle; its quality["smoothing"], if any, is what pipeline.export writes;  layers: those of
+    plan.json;  graph_bytes: by file name, measure.graph_bytes;  comparison: None for a network that cannot sample;
+    command: what makes the bundle again;  variant: which one of the comparison the bundle is, its first by default.
     """
 
     manifest: Manifest

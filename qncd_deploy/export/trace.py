@@ -9,7 +9,7 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from qncd_deploy.errors import ExportError
+from qncd_deploy.errors import ExportError, first_line
 from qncd_deploy.export.passes.normalise import OPSET, normalise, quiet
 from qncd_deploy.specs import TensorSpec
 
@@ -41,7 +41,7 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, output: str 
             program = torch.export.export(caller, example, dynamic_shapes=(axes,), strict=False)
             model = _translate(program, [spec.name for spec in inputs], output)
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
-        raise ExportError(f"{type(module).__name__}: torch cannot trace it ({_first_line(error)}).") from error
+        raise ExportError(f"{type(module).__name__}: torch cannot trace it ({first_line(error)}).") from error
     _name_batch(model.graph)
     _strip_prefix(model.graph, "module.")
     model.graph.name = type(module).__name__
@@ -133,10 +133,3 @@ def _name_batch(graph: ir.Graph) -> None:
 def _strip_prefix(graph: ir.Graph, prefix: str) -> None:
     for value in list(graph.initializers.values()):
         value.name = value.const_value.name = value.name.removeprefix(prefix)
-
-
-def _first_line(error: BaseException) -> str:
-    """torch's exporter wraps the cause in pages of advice; the innermost error says what happened."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

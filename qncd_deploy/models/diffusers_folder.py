@@ -19,8 +19,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor, nn
 
-from qncd_deploy.checkpoint import load_weights, one_line, own_names, read_checkpoint
-from qncd_deploy.errors import CheckpointError, UsageError
+from qncd_deploy.checkpoint import load_weights, own_names, read_checkpoint
+from qncd_deploy.errors import CheckpointError, UsageError, first_line
 from qncd_deploy.models.first_stage import Codebook, LatentDecoder
 from qncd_deploy.models.source import Condition, SourceModel
 from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
@@ -114,7 +114,7 @@ def _build(home: Path, config: Mapping[str, Any], classes: Mapping[str, Any]) ->
         with torch.device("meta"):
             return classes[kind].from_config(dict(config))
     except Exception as error:  # whatever a wrong entry makes the constructor raise
-        raise CheckpointError(f"{path}: {kind} cannot be built from it ({one_line(error)}).") from error
+        raise CheckpointError(f"{path}: {kind} cannot be built from it ({first_line(error)}).") from error
 
 
 def _fill(module: nn.Module, home: Path, part: str, files: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import yaml
 
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
-from qncd_deploy.errors import CheckpointError, ExportError, UsageError
+from qncd_deploy.errors import CheckpointError, ExportError, UsageError, first_line
 from qncd_deploy.export.graph import Inputs, find_inputs, find_sites
 from qncd_deploy.export.passes.normalise import normalise
 from qncd_deploy.export.resblocks import find_resblocks
@@ -137,7 +137,7 @@ def _from_graph(options: ExportOptions) -> FloatNetwork:
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf's and onnx's own classes, depending on where the file is damaged
-        raise CheckpointError(f"{path}: not a readable ONNX graph ({_first_line(error)}).") from error
+        raise CheckpointError(f"{path}: not a readable ONNX graph ({first_line(error)}).") from error
     model = _located(path, model)
     inputs = find_inputs(model)
     if len(model.graph.outputs) != 1:
@@ -182,7 +182,7 @@ def _located(path: Path, model: ir.Model) -> ir.Model:
     except ExportError as error:
         raise ExportError(f"{path}: {error}") from error
     except (OSError, ValueError) as error:  # external weights that are missing or cut short
-        raise CheckpointError(f"{path}: its weights cannot be read ({_first_line(error)}).") from error
+        raise CheckpointError(f"{path}: its weights cannot be read ({first_line(error)}).") from error
 
 
 def _external_files(path: Path, model: ir.Model) -> list[Path]:
@@ -200,7 +200,7 @@ def _schedule_of(options: ExportOptions) -> tuple[Schedule | None, SamplerConfig
     try:
         config = yaml.safe_load(options.config.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{options.config}: cannot be read ({_first_line(error)}).") from error
+        raise CheckpointError(f"{options.config}: cannot be read ({first_line(error)}).") from error
     if not isinstance(config, dict) or "_class_name" not in config:
         raise CheckpointError(f"{options.config}: not a scheduler config of diffusers (no _class_name).")
     schedule = Schedule.from_diffusers(json.loads(json.dumps(config)))
@@ -214,7 +214,3 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None and value.shape is not None and value.dtype is not None
     shape = tuple(size if isinstance(size, int) else size.value or f"dim{i}" for i, size in enumerate(value.shape))
     return TensorSpec(value.name, value.dtype.numpy().name, shape)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
