@@ -138,6 +138,8 @@ def _from_graph(options: ExportOptions) -> FloatNetwork:
         model = ir.load(path)
     except Exception as error:  # protobuf's and onnx's own classes, depending on where the file is damaged
         raise CheckpointError(f"{path}: not a readable ONNX graph ({first_line(error)}).") from error
+    if "" not in model.opset_imports or not model.graph.outputs:  # an empty file reads as an empty model
+        raise CheckpointError(f"{path}: holds no ONNX operators. Export the network again.")
     model = _located(path, model)
     inputs = find_inputs(model)
     if len(model.graph.outputs) != 1:

@@ -36,10 +36,12 @@ def edge_costs(
     policy: Policy,
     scratch: Path,
 ) -> list[EdgeCost]:
-    """The predicted cost of every edge that `sites` would quantize; () for a network too large to differentiate.
+    """The predicted cost of every edge that `sites` would quantize; none for a network too large to differentiate.
 
     model: the float graph that the sites and the statistics are of.
     """
+    if not sites:
+        return []
     row_bytes = _HELD_PER_VALUE * sum(row_values(out) for node in model.graph for out in node.outputs)
     fixed = network.facts.inputs[0].shape[0]
     size = fixed if isinstance(fixed, int) else min(BATCH, MEMORY_BYTES // max(row_bytes, 1))
