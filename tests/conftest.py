@@ -23,7 +23,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """`qncd export` of the tiny checkpoint, to be read only."""
-    return Export(checkpoint, SMALL, tmp_path_factory.mktemp("exported"), "tiny").made()
+    options = (*SMALL, "--require-psnr", "1")
+    return Export(checkpoint, options, tmp_path_factory.mktemp("exported"), "tiny").made()
 
 
 @pytest.fixture(scope="session")
