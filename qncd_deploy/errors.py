@@ -58,4 +58,5 @@ class GateFailed(QncdError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's message that says something, without its full stop, for a message of ours."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__).rstrip(". ")
+    said = (line for line in lines if line and not line.startswith("Exception from "))  # OpenVINO: where, not what
+    return next(said, type(error).__name__).rstrip(". ")

@@ -211,3 +211,13 @@ def test_normalise_refuses_contrib_operators():
     model.graph[0].domain, model.graph[0].op_type = "com.microsoft", "Gelu"
     with pytest.raises(ExportError, match=r"com\.microsoft\.Gelu is not part of the ONNX standard"):
         normalise(model)
+
+
+def test_projections_of_a_single_token_are_small():
+    """A sequence of one token makes them products with a vector."""
+    _, specs, model = traced("additive")
+    (condition,) = (value for value in model.graph.inputs if value.name == "encoder_hidden_states")
+    projections = {site.name for site in find_sites(model) if "encoder_hidden_states" in site.note}
+    condition.shape = ir.Shape([condition.shape[0], 1, condition.shape[2]])
+    small = {site.name for site in find_sites(model) if site.role == "small"}
+    assert small == projections and small

@@ -13,6 +13,7 @@ import click
 from qncd_deploy.cli.options import PATH, json_option, print_json
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing, GateFailed
+from qncd_deploy.evaluate.measure import graph_bytes
 from qncd_deploy.pipeline.options import (
     CALIB_METHODS,
     CORRECTIONS,
@@ -57,7 +58,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "--calib-size",
     type=int,
     default=DEFAULTS.calib_size,
-    help="Pictures whose trajectories calibrate; more than this gained under 0.2 dB on the demo.",
+    help="Pictures whose trajectories calibrate.",
 )
 @click.option("--calib-steps", type=int, default=DEFAULTS.calib_steps, help="Network calls recorded of each picture.")
 @click.option(
@@ -81,7 +82,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     type=float,
     default=DEFAULTS.keep_float,
     metavar="PERCENT",
-    help="Share of the arithmetic that may stay float where rounding costs the output most; 0 quantizes all.",
+    help="Share of the arithmetic that may stay float where rounding costs the output most; up to 10 while the "
+    "predicted error is large; 0 quantizes all.",
 )
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave weights in float whose names match. Repeatable.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Quantize weights whose names match. Repeatable.")
@@ -216,7 +218,7 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
         click.echo(f"quality     PSNR {psnr} to the float twin{shift} ({quality['pictures']} pictures)")
     if "output_sqnr_db" in quality:
         click.echo(f"quality     output {quality['output_sqnr_db']:.1f} dB over its error on the calibration data")
-    click.echo(f"size        {_mebibytes(bundle, 'unet.')} quantized, {_float_mebibytes(bundle)} float")
+    click.echo(f"size        {_weights_mebibytes(exported)}")
     page = bundle.path / "report.html"
     click.echo(f"bundle      {bundle.path}  in {seconds:.0f} s" + (f"; look at {page}" if page.exists() else ""))
 
@@ -234,20 +236,11 @@ def _smoothing_line(smoothing: Smoothing) -> str:
     return f"{verdict}: {', '.join(parts)}"
 
 
-def _mebibytes(bundle: Any, prefix: str) -> str:
-    return f"{sum(f.bytes for name, f in bundle.manifest.files.items() if name.startswith(prefix)) / 2**20:.1f} MiB"
-
-
-def _float_mebibytes(bundle: Any) -> str:
-    """Weights of the float twin, those it shares with the quantized graphs included."""
-    layers = bundle.plan["layers"]
-    count = 0
-    for layer in layers:
-        size = 4
-        for n in layer["shape"]:
-            size *= n
-        count += size
-    return f"{count / 2**20:.1f} MiB of weights"
+def _weights_mebibytes(exported: Exported) -> str:
+    """The graph that an engine runs with all its weights, quantized and float."""
+    folder, roles = exported.bundle.path, exported.bundle.manifest.roles
+    small, large = (graph_bytes(folder / roles[role]) / 2**20 for role in ("master", "float"))
+    return f"{small:.1f} MiB, {large:.1f} MiB in float"
 
 
 def _check_gates(exported: Exported, psnr: float | None, shift: float | None) -> None:

@@ -46,4 +46,5 @@ class Bars:
                 progress.update(task, completed=done, total=total)
 
             yield tick
-            progress.update(task, total=1, completed=1) if progress.tasks[0].total is None else None
+            if progress.tasks[0].total is None:  # a stage that counts nothing is done when it ends
+                progress.update(task, total=1, completed=1)

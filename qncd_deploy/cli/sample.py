@@ -134,7 +134,7 @@ def sample_command(
 @remainder_option
 @click.option("--objective", type=click.Choice(["shift", "psnr"]), default="shift", help="What auto chooses by.")
 @click.option(
-    "--fit-size", type=click.IntRange(1), default=32, help="Pictures to fit on; the choice is made on twice as many."
+    "--fit-size", type=click.IntRange(1), default=16, help="Pictures to fit on; the choice is made on twice as many."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option

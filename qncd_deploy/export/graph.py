@@ -153,9 +153,9 @@ def find_sites(model: ir.Model, inputs: Inputs | None = None) -> tuple[LayerSite
     """Every Conv, Gemm and MatMul with a weight, in graph order, with its role.
 
     time: reached from the timestep only (labels may join in). label: reached from label vectors only. first: no
-    weighted op lies between the sample and it. last: no weighted op lies between it and an output. body: the rest; the
-    note says where a Linear of the body projects a condition (keys and values of cross-attention). A ConvTranspose or
-    a batched weight is not a site: it stays float and is logged.
+    weighted op lies between the sample and it. last: no weighted op lies between it and an output. small: projects a
+    condition of one token. body: the rest; the note says where a Linear of the body projects a condition (keys and
+    values of cross-attention). A ConvTranspose or a batched weight is not a site: it stays float and is logged.
     """
     flow = Flow(model, inputs or find_inputs(model))
     sites = []
@@ -183,9 +183,19 @@ def _role(flow: Flow, node: ir.Node) -> tuple[str, str]:
         return "first", f"no weighted op between {inputs.sample} and it"
     if out not in flow.leads_on:
         return "last", "no weighted op between it and the output"
+    if flow.is_condition(data) and _is_one_token(flow, data):
+        return "small", f"projects the one token of {', '.join(sorted(flow.sources[data]))}"
     if flow.is_condition(data):
         return "body", f"projects the condition {', '.join(sorted(flow.sources[data]))}"
     return "body", ""
+
+
+def _is_one_token(flow: Flow, data: ir.Value) -> bool:
+    """Sequences of length one: a product with a vector, which no integer kernel makes faster. (And attention to a
+    single token does not depend on its key.)
+    """
+    given = (value for value in flow.model.graph.inputs if value.name in flow.sources[data])
+    return all(value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1 for value in given)
 
 
 def _out_axis(node: ir.Node) -> int:

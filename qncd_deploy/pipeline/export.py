@@ -6,7 +6,8 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qncd_deploy.engines.base import (
     backend_status,
     make_engine_id,
 )
-from qncd_deploy.errors import BundleError
+from qncd_deploy.errors import BundleError, QncdError
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.files import atomic_directory, sha256_file
@@ -67,7 +68,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
     policy_of(options)
     if not options.force and (target / MANIFEST).exists():
         return _existing(target, options, progress)
-    with atomic_directory(target, force=options.force) as folder:
+    with atomic_directory(target, force=options.force) as folder, _named(folder, target):
         with progress.stage("network"):
             network = read_network(options)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
@@ -88,6 +89,15 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         manifest = write_manifest(folder, replace(manifest, quality=quality))
         write_page(Bundle(folder, manifest), fitted, proof, command=command)
     return Exported(Bundle(target, manifest), quantized, fitted, proof, network.notes)
+
+
+@contextmanager
+def _named(folder: Path, target: Path) -> Iterator[None]:
+    """Messages name the bundle that is being made, not the folder that it is made in."""
+    try:
+        yield
+    except QncdError as error:
+        raise type(error)(str(error).replace(str(folder), str(target))) from error
 
 
 def _name(options: ExportOptions) -> str:

@@ -58,7 +58,7 @@ class FitOptions:
     guidance_scale: float | None = None
     methods: tuple[str, ...] = METHODS
     objective: str = "shift"
-    size: int = 32
+    size: int = 16
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None

@@ -43,7 +43,7 @@ class ExportOptions:
     guidance_scale: float | None = None
     null_class: int | None = None
     calib_size: int = 32
-    calib_steps: int = 20
+    calib_steps: int = 10
     calib_method: str = "mse"
     percentile: float = 99.99
     calib_data: Path | None = None
@@ -55,7 +55,7 @@ class ExportOptions:
     alpha: float | None = None
     correction: str = "auto"
     objective: str = "shift"
-    fit_size: int = 32
+    fit_size: int = 16
     eval_size: int = 64
     seed: int = 0
     gate: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ RANGE_ROWS = 256
 
 JUDGED_ROWS = 256
 """Rows on which the network's output error decides whether smoothing stays."""
+
+log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 128
 SAMPLE_BYTES = 32 << 20
@@ -107,6 +110,8 @@ def quantize(
         with progress.stage("sensitivity"):
             chosen = [site for site in sites if site.name in names and seen[site.input].amax > 0]
             costs = edge_costs(smoothed, network, chosen, calib, seen, policy, scratch)
+            if not costs:
+                log.info("the network is too large to measure which layers rounding hurts most: --keep-float is idle")
             exceptions = keep_float(costs, budget=options.keep_float / 100)
     plan = make_plan(sites, weights, seen, policy, exceptions=exceptions)
     InsertQDQ(plan)(smoothed)
