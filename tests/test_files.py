@@ -49,6 +49,7 @@ class Writer:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
