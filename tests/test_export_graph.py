@@ -215,7 +215,7 @@ def test_normalise_refuses_contrib_operators():
 
 def test_projections_of_a_single_token_are_small():
     """A sequence of one token makes them products with a vector."""
-    _, specs, model = traced("additive")
+    _, _, model = traced("additive")
     (condition,) = (value for value in model.graph.inputs if value.name == "encoder_hidden_states")
     projections = {site.name for site in find_sites(model) if "encoder_hidden_states" in site.note}
     condition.shape = ir.Shape([condition.shape[0], 1, condition.shape[2]])
