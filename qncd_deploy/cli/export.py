@@ -46,7 +46,6 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option("--name", help="Name of the bundle.  [default: the checkpoint's folder or stem]")
 @click.option("--calib-dir", type=PATH, default=DEFAULTS.calib_dir, help="Where calibration sets are kept.")
 @click.option("--onnx-dir", type=PATH, default=DEFAULTS.onnx_dir, help="Where the bundle is written.")
-@click.option("--engine-dir", type=PATH, default=DEFAULTS.engine_dir, help="Where compiled engines will be looked for.")
 @click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the folder's own, else ddim]")
 @click.option("--n-steps", type=int, default=DEFAULTS.n_steps, help="Sampling steps.")
 @click.option("--eta", type=float, default=DEFAULTS.eta, help="Noise of ddim, 0 to 1.")

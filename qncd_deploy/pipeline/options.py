@@ -36,7 +36,6 @@ class ExportOptions:
     format: str = "w8a8"
     calib_dir: Path = Path("calib_data")
     onnx_dir: Path = Path("export")
-    engine_dir: Path = Path("engines")
     scheduler: str | None = None
     n_steps: int = 20
     eta: float = 0.0
