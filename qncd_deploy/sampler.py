@@ -80,14 +80,17 @@ class Sampler:
         *,
         labels: Sequence[int] | None = None,
         seed: int = 0,
+        batch_size: int | None = None,
         on_state: Callable[[State], None] | None = None,
     ) -> Pictures:
         """Pictures 0 .. n-1, or those with the indices given.
 
         labels: picture i gets labels[i mod len(labels)]; None for i mod classes, the null class not counted.
+        batch_size: pictures at a time, None for the sampler's own or all of them if they are fewer.
         on_state: called after every network call of every batch, for progress.
         """
-        return Pictures.join(list(self.batches(pictures, labels=labels, seed=seed, on_state=on_state)))
+        batches = self.batches(pictures, labels=labels, seed=seed, batch_size=batch_size, on_state=on_state)
+        return Pictures.join(list(batches))
 
     def batches(
         self,
@@ -95,6 +98,7 @@ class Sampler:
         *,
         labels: Sequence[int] | None = None,
         seed: int = 0,
+        batch_size: int | None = None,
         on_state: Callable[[State], None] | None = None,
     ) -> Iterator[Pictures]:
         """As sample, but each batch as soon as it is done.
@@ -105,7 +109,7 @@ class Sampler:
         if not indices or min(indices) < 0:
             raise UsageError(f"{pictures} pictures: expected 1 or more, with indices from 0.")
         self.labels(indices, labels)
-        size = min(self.batch_size, len(indices))
+        size = batch_size or min(self.batch_size, len(indices))
         for start in range(0, len(indices), size):
             batch = indices[start : start + size]
             latents = None
