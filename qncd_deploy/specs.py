@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 Array = Any
 """A NumPy array or a device array with the same operators; the sampling loop never asks which."""
 
@@ -24,6 +26,28 @@ class TensorSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
         return cls(str(data["name"]), str(data["dtype"]), tuple(data["shape"]))
+
+
+class Arrays(Protocol):
+    """Where the arrays of a sampling loop live: it runs there, and only its result comes back."""
+
+    def put(self, array: np.ndarray) -> Array:
+        """Bring an array there. May return before it has arrived; it arrives before anything that is done with it."""
+        ...
+
+    def get(self, array: Array) -> np.ndarray:
+        """Bring an array back, once everything it depends on is done."""
+        ...
+
+
+class HostArrays:
+    """NumPy's arrays: they are there already."""
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        return array
 
 
 class EpsModel(Protocol):
@@ -49,10 +73,15 @@ class NoiseSource(Protocol):
 
 
 class Engine(Protocol):
-    """Named arrays in, named arrays out. Whoever opens an engine closes it; its outputs belong to the caller."""
+    """Named arrays in, named arrays out. Whoever opens an engine closes it; its outputs belong to the caller.
+
+    arrays: where it computes. Every engine takes NumPy arrays and then returns them; fed only arrays of its own, it
+    returns its own.
+    """
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    arrays: Arrays
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
