@@ -158,7 +158,7 @@ class Bundle:
             plan_sha=self.plan_sha,
         )
         table = identity_table(key) if float_twin else self._correction(correction, key, tables)
-        role = "float" if float_twin else find_backend(backend).role
+        role = "float" if float_twin else find_backend(backend).role(remainder)
         with ExitStack() as opened:
             unet = open_engine(backend, self.file(role), remainder=remainder, threads=threads)
             opened.enter_context(unet)

@@ -70,7 +70,8 @@ def bench_command(
 
 
 def _installed() -> tuple[str, ...]:
-    found = tuple(s.name for s in available_backends() if s.missing is None and s.name != "torch")
+    on_cpu = [name for name, backend in BACKENDS.items() if backend.device == "cpu" and name != "torch"]
+    found = tuple(s.name for s in available_backends() if s.missing is None and s.name in on_cpu)
     if not found:
         raise BackendMissing(f"no inference engine on this machine. Install one: {BACKENDS['openvino'].install}")
     return found

@@ -143,7 +143,7 @@ def doctor_command(as_json: bool) -> None:
         click.echo(f"            {'yes' if has else 'no ':3} {feature}: {means}")
     for status in engines:
         backend = find_backend(status.name)
-        graph = {"master": "unet.onnx", "ort": "unet-ort.onnx"}[backend.role]
+        graph = {"master": "unet.onnx", "ort": "unet-ort.onnx", "trt": "unet-trt.onnx"}[backend.role()]
         state = f"version {status.version}, runs {graph}" if status.missing is None else status.missing
         click.echo(f"{status.name:11} {state}")
     ready = [s.name for s in engines if s.missing is None]

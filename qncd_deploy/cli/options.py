@@ -37,9 +37,9 @@ backend_option = click.option(
 )
 remainder_option = click.option(
     "--remainder",
-    type=click.Choice(["f32", "bf16"]),
+    type=click.Choice(["f32", "bf16", "f16"]),
     help="Precision of the layers left in float: f32 keeps the quality, bf16 is faster on CPUs that have it "
-    "(openvino only).  [default: f32]",
+    "(openvino only), f16 on GPUs (tensorrt, tensorrt-rtx).  [default: f32, on GPUs f16]",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the library's choice]")
 engine_dir_option = click.option(

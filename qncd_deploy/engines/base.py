@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from qncd_deploy.errors import BackendMissing, EngineError, first_line
-from qncd_deploy.specs import TensorSpec
+from qncd_deploy.specs import Array, Arrays, HostArrays, TensorSpec
 
 if TYPE_CHECKING:
     from typing import Self
 
-Remainder = Literal["f32", "bf16"]
+Remainder = Literal["f32", "bf16", "f16"]
 """Precision of what a quantized graph leaves in float."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One inference library: where its engine class is, how to get it, and which graph of a bundle it runs.
+    """One inference library: where its engine class is, how to get it, and which graphs of a bundle it runs.
 
-    role: the bundle's graph for it;  remainders: precisions it can compute the float layers in, the default first.
+    roles: the bundle's graph for each precision that it can compute the float layers in, the default first;
+    device: what it runs on.
     """
 
     name: str
@@ -35,8 +36,16 @@ class Backend:
     engine: str
     package: str
     install: str
-    role: str
-    remainders: tuple[Remainder, ...] = ("f32",)
+    roles: Mapping[Remainder, str]
+    device: Literal["cpu", "gpu"] = "cpu"
+
+    @property
+    def remainders(self) -> tuple[Remainder, ...]:
+        return tuple(self.roles)
+
+    def role(self, remainder: Remainder | None = None) -> str:
+        """The bundle's graph for a remainder that it has, None for the default."""
+        return self.roles[remainder or self.remainders[0]]
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -48,8 +57,7 @@ BACKENDS: Mapping[str, Backend] = {
             "OpenVINOEngine",
             package="openvino",
             install="pip install 'qncd-deploy[cpu]'",
-            role="master",
-            remainders=("f32", "bf16"),
+            roles={"f32": "master", "bf16": "master"},
         ),
         Backend(
             "onnxruntime",
@@ -57,7 +65,7 @@ BACKENDS: Mapping[str, Backend] = {
             "OrtEngine",
             package="onnxruntime",
             install="pip install 'qncd-deploy[cpu]'",
-            role="ort",
+            roles={"f32": "ort"},
         ),
         Backend(
             "torch",
@@ -65,7 +73,25 @@ BACKENDS: Mapping[str, Backend] = {
             "TorchEngine",
             package="torch",
             install="pip install 'qncd-deploy[export]'",
-            role="master",
+            roles={"f32": "master"},
+        ),
+        Backend(
+            "tensorrt",
+            "qncd_deploy.engines.trt.run",
+            "TrtEngine",
+            package="tensorrt",
+            install="pip install 'qncd-deploy[tensorrt]'",
+            roles={"f16": "trt", "f32": "master"},
+            device="gpu",
+        ),
+        Backend(
+            "tensorrt-rtx",
+            "qncd_deploy.engines.trt.run",
+            "TrtEngine",
+            package="tensorrt-rtx",
+            install="pip install 'qncd-deploy[rtx]'",
+            roles={"f16": "trt", "f32": "master"},
+            device="gpu",
         ),
     )
 }
@@ -114,6 +140,11 @@ class BaseEngine(ABC):
         self.outputs = outputs
         self._closed = False
 
+    @classmethod
+    def library_version(cls, backend: Backend) -> str | None:
+        """The version of the library, None if it does not tell. Raises BackendMissing if it cannot run here."""
+        return _version(backend.package)
+
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once. Raises EngineError if an input is missing, unknown, or of another dtype or shape."""
         assert not self._closed, f"{self.path}: the engine is closed"
@@ -141,7 +172,7 @@ class BaseEngine(ABC):
         raise EngineError(f"{path}: {self.engine_id} runs the graph itself and takes no compiled blob.")
 
     @abstractmethod
-    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]: ...
 
     @abstractmethod
     def _close(self) -> None: ...
@@ -171,7 +202,7 @@ def open_engine(
     engine_id = make_engine_id(backend, remainder)
     if not path.is_file():
         raise EngineError(f"{path}: no such graph.")
-    make: Callable[..., BaseEngine] = getattr(_import(chosen), chosen.engine)
+    make: Callable[..., BaseEngine] = engine_class(chosen)
     return make(path, engine_id=engine_id, remainder=remainder, threads=threads)
 
 
@@ -210,21 +241,31 @@ def available_backends() -> tuple[BackendStatus, ...]:
 
 def backend_status(backend: Backend) -> BackendStatus:
     try:
-        _import(backend)
+        version = engine_class(backend).library_version(backend)
     except BackendMissing as exc:
         return BackendStatus(backend.name, None, str(exc))
-    return BackendStatus(backend.name, _version(backend.package), None)
+    return BackendStatus(backend.name, version, None)
 
 
-def check_feeds(path: Path, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The feeds as contiguous arrays in the order of `inputs`, or an EngineError that says which does not fit."""
+def engine_class(backend: Backend) -> type[BaseEngine]:
+    """Raises BackendMissing if its module cannot be imported here."""
+    found: type[BaseEngine] = getattr(_import(backend), backend.engine)
+    return found
+
+
+def check_feeds(path: Path, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """The feeds in the order of `inputs`, those of the host as contiguous arrays, or an EngineError that says which
+    does not fit.
+    """
     if wrong := sorted(set(feeds) ^ set(inputs)):
         found = "unknown input" if wrong[0] in feeds else "nothing fed to input"
         raise EngineError(f"{path}: {found} {wrong[0]!r}. Its inputs are {', '.join(inputs)}.")
-    checked: dict[str, np.ndarray] = {}
+    checked: dict[str, Array] = {}
     free: dict[str, int] = {}
     for name, spec in inputs.items():
-        array = np.asarray(feeds[name], order="C")
+        array = feeds[name]
+        if not hasattr(array, "__cuda_array_interface__"):
+            array = np.asarray(array, order="C")
         fits = len(array.shape) == len(spec.shape) and all(
             size == (free.setdefault(want, size) if isinstance(want, str) else want)
             for size, want in zip(array.shape, spec.shape, strict=True)

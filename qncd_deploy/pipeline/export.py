@@ -223,7 +223,7 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
     methods = METHODS if options.correction == "auto" else (options.correction,)
     found = {}
     for backend in BACKENDS.values():
-        if backend.name == "torch" or backend_status(backend).missing is not None:
+        if backend.name == "torch" or backend.device != "cpu" or backend_status(backend).missing is not None:
             continue
         fit_options = FitOptions(
             backend.name, methods=methods, objective=options.objective, size=options.fit_size, seed=options.seed

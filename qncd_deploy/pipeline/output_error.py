@@ -58,7 +58,7 @@ def output_errors(
 def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[BaseEngine]:
     """Open a float graph (no plan) or a master of `plan` with the default engine of this machine, in float32."""
     backend = find_backend(default_backend())
-    if backend.role == "ort" and plan is not None:
+    if backend.role() == "ort" and plan is not None:
         graph = graph.clone()
         OrtSibling(plan)(graph)
     path = scratch / "running.onnx"
