@@ -6,21 +6,19 @@ The remainder's precision is always set: on CPUs with AMX or AVX512-BF16 the lib
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
 
 from qncd_deploy.engines.base import BaseEngine, Kernel, Remainder
+from qncd_deploy.engines.stored import AGAIN, load_stored, require_same, save_stored
 from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
-from qncd_deploy.files import atomic_file, canonical_json, sha256_file
 from qncd_deploy.specs import TensorSpec
-
-BLOB_SCHEMA = 1
 
 Shapes = tuple[tuple[int, ...], ...]
 """One static shape per input, in the graph's order."""
@@ -28,19 +26,20 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class BlobFacts:
-    """What a compiled blob was made from and for, in NAME.json beside NAME.blob.
-
-    source: hash of graph and weights, given by whoever knows them (a bundle's manifest).
+    """What a compiled blob was made from and for. source: hash of graph and weights, given by whoever knows them (a
+    bundle's manifest).
     """
 
-    schema: int
     source: str
     version: str
     device: str
     remainder: str
     threads: int | None
     shapes: Shapes
-    sha256: str
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BlobFacts:
+        return cls(**{**data, "shapes": tuple(tuple(shape) for shape in data["shapes"])})
 
 
 class OpenVINOEngine(BaseEngine):
@@ -88,11 +87,7 @@ class OpenVINOEngine(BaseEngine):
     def save_blob(self, path: Path, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
         """Write the graph compiled for these shapes to `path` (.blob) and what it is to the .json beside it."""
         key = self.compile(shapes)
-        with atomic_file(path) as partial:
-            partial.write_bytes(self._compiled[key].export_model().getvalue())
-            facts = self._facts(key, source, sha256_file(partial))
-        with atomic_file(path.with_suffix(".json")) as partial:
-            partial.write_text(canonical_json(asdict(facts)), encoding="utf-8")
+        save_stored(path, self._compiled[key].export_model().getvalue(), self._facts(key, source))
 
     def load_blob(self, path: Path, *, source: str) -> None:
         """Use a blob of save_blob instead of compiling for the shapes it was made for.
@@ -100,22 +95,12 @@ class OpenVINOEngine(BaseEngine):
         Raises: EngineError if it was made from another graph, by another OpenVINO, for another CPU or precision, or has
         changed on disk.
         """
-        again = "Run `qncd build` again here."
+        blob, found = load_stored(path, BlobFacts.from_json)
+        require_same(path, found, self._facts(found.shapes, source), _BLOB_WORDS)
         try:
-            data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            key = tuple(tuple(shape) for shape in data["shapes"])
-            found = BlobFacts(**{**data, "shapes": key})
-            blob = path.read_bytes()
-            wanted = self._facts(key, source, sha256_file(path))
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise EngineError(f"{path}: not a compiled blob with its .json beside it ({exc}). {again}") from exc
-        for name, words in _BLOB_WORDS.items():
-            if (has := getattr(found, name)) != (want := getattr(wanted, name)):
-                raise EngineError(f"{path}: {words.format(has=str(has)[:60], want=str(want)[:60])}. {again}")
-        try:
-            self._keep(key, self._core.import_model(io.BytesIO(blob), "CPU", self._config()))
+            self._keep(found.shapes, self._core.import_model(io.BytesIO(blob), "CPU", self._config()))
         except RuntimeError as exc:
-            raise BuildFailed(f"{path}: OpenVINO refuses the blob ({first_line(exc)}). {again}") from exc
+            raise BuildFailed(f"{path}: OpenVINO refuses the blob ({first_line(exc)}). {AGAIN}") from exc
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         key = self.compile({name: array.shape for name, array in feeds.items()})
@@ -143,27 +128,23 @@ class OpenVINOEngine(BaseEngine):
         }
         return config if self._threads is None else {**config, "INFERENCE_NUM_THREADS": self._threads}
 
-    def _facts(self, shapes: Shapes, source: str, sha256: str) -> BlobFacts:
+    def _facts(self, shapes: Shapes, source: str) -> BlobFacts:
         return BlobFacts(
-            schema=BLOB_SCHEMA,
             source=source,
             version=ov.get_version(),
             device=str(self._core.get_property("CPU", "FULL_DEVICE_NAME")),
             remainder=self._remainder,
             threads=self._threads,
             shapes=shapes,
-            sha256=sha256,
         )
 
 
 _BLOB_WORDS = {
-    "schema": "blob schema {has}, this version reads {want}",
     "source": "made from another graph (sha256 {has:.12}..., not {want:.12}...)",
     "version": "made by OpenVINO {has}, this is {want}",
     "device": "made for {has}, this is {want}",
     "remainder": "its remainder is {has}, {want} was asked for",
     "threads": "made for {has} threads, {want} were asked for",
-    "sha256": "changed on disk (sha256 {want:.12}..., {has:.12}... was written)",
 }
 
 

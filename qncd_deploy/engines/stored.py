@@ -1,0 +1,66 @@
+"""Compiled networks on disk: NAME with NAME.json beside it, which says what it was made from and for.
+
+    {"schema": 1, "sha256": hash of NAME's bytes, ...: the facts of whoever compiled it}
+
+A reader refuses what has changed on disk and what was made for anything else, and says what to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qncd_deploy.errors import EngineError
+from qncd_deploy.files import atomic_file, canonical_json
+
+SCHEMA = 1
+AGAIN = "Run `qncd build` again here."
+
+Facts = TypeVar("Facts")
+"""A frozen dataclass whose fields are all that a compiled network depends on."""
+
+
+def save_stored(path: Path, content: bytes, facts: Any) -> None:
+    """Write `content` to `path` and a dataclass of facts to the .json beside it; a folder that is not there is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
+    data = {"schema": SCHEMA, "sha256": hashlib.sha256(content).hexdigest(), **asdict(facts)}
+    with atomic_file(path.with_suffix(".json")) as partial:
+        partial.write_text(canonical_json(data), encoding="utf-8")
+
+
+def load_stored(path: Path, parse: Callable[[dict[str, Any]], Facts]) -> tuple[bytes, Facts]:
+    """The content and its facts, from what `parse` makes of the .json without schema and sha256.
+
+    Raises: EngineError if either file is missing, not of this schema, or changed on disk, and if `parse` raises.
+    """
+    try:
+        content = path.read_bytes()
+        data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        schema, sha256 = data.pop("schema"), str(data.pop("sha256"))
+        if schema != SCHEMA:
+            raise EngineError(f"{path}: blob schema {schema}, this version reads {SCHEMA}. {AGAIN}")
+        facts = parse(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise EngineError(f"{path}: not a compiled blob with its .json beside it ({exc}). {AGAIN}") from exc
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise EngineError(f"{path}: changed on disk (sha256 {found[:12]}..., {sha256[:12]}... was written). {AGAIN}")
+    return content, facts
+
+
+def require_same(path: Path, found: Any, wanted: Any, words: Mapping[str, str]) -> None:
+    """Refuse facts that differ from those wanted.
+
+    words: field -> a sentence with {has} and {want}, in the order they are compared;  what has no words is not.
+
+    Raises: EngineError.
+    """
+    for name, sentence in words.items():
+        if (has := getattr(found, name)) != (want := getattr(wanted, name)):
+            raise EngineError(f"{path}: {sentence.format(has=str(has)[:60], want=str(want)[:60])}. {AGAIN}")
