@@ -34,8 +34,8 @@ ISLANDS = {
     "onnxruntime": ("engines/ort.py",),
     "jinja2": ("evaluate/report.py",),
     "matplotlib": ("evaluate/report.py",),
-    "tensorrt": (),
-    "tensorrt_rtx": (),
+    "tensorrt": ("engines/trt/library.py",),
+    "tensorrt_rtx": ("engines/trt/library.py",),
 }
 """Where a heavy library may be imported, by the beginning of the path; everywhere else needs NumPy alone."""
 

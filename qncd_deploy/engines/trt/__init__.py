@@ -1,0 +1,10 @@
+"""TensorRT and TensorRT for RTX behind one code path; library.py alone knows that there are two, and in which versions.
+
+library.py   the Python module, its version, the names that we use of it
+device.py    the GPU, as its driver describes it
+build.py     ONNX -> engine, on this GPU or ahead of time for others
+kernels.py   what an engine computes in, read from the builder's log or the engine inspector
+store.py     engines on disk: what each was made from and for, and refusing any other
+cuda.py      arrays and streams on the device
+run.py       a stored engine as an engine of ours
+"""
