@@ -123,15 +123,16 @@ def denoise(
     noise: NoiseSource,
     fixes: Sequence[StepFix] | None = None,
     prediction: Prediction = "epsilon",
+    after: State | None = None,
 ) -> Iterator[State]:
     """Yield the state after every network call, corrections applied.
 
     x: the first state (N, C, H, W), noise times initial_scale; it is not changed. steps: make_steps, or fixed_steps
-    where the table says another abar. fixes: one per step; None changes nothing.
+    where the table says another abar. fixes: one per step; None changes nothing. after: the last state of a run over
+    the steps before these, which goes on here; calls are then counted from these steps' first.
     Raises ScheduleError if the rows do not fit the steps or the network's channels.
     """
-    memory, extra_calls = Memory(), 0
-    m: Array | float | None = None
+    memory, m, extra_calls = (Memory(), None, 0) if after is None else (after.memory, after.m, after.extra_calls)
     for call, row in enumerate(_rows(steps, fixes, x.shape, prediction)):
         fix, step = row.fix, row.step
         x_in = x + fix.x_add if row.adds else x
@@ -148,7 +149,7 @@ def denoise(
             out = out - row.per_eps * fix.m_gain * m
         x, memory = _update(x_in, out, row, memory, z, prediction)
         eps = eps_from_output(out, x_in, step.abar_call, prediction)
-        yield State(call, step, x_in, raw, eps, x, m, extra_calls)
+        yield State(call, step, x_in, raw, eps, x, memory, m, extra_calls)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ def test_what_fit_writes_is_what_sample_then_takes(
     assert done.code == 0, done.err
     facts = json.loads(done.out)
     assert Path(facts["output"]) == Path("engines/tiny-w8a8/corrections-onnxruntime-f32.npz")
-    assert set(facts["figures"]) == {"off", "qncd", "qncd:paper"}
+    assert "off" in facts["figures"]
     for method in ("qncd", "qncd:paper"):
         used = json.loads(qncd("sample", bundle, "-n", 1, *way, "--correction", method, "--json").out)
         assert used["correction"] == method

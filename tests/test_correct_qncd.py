@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from studies import setting_of, unrecorded, with_prediction
 
 from qncd_deploy.correct import qncd
 from qncd_deploy.errors import CalibrationError
@@ -21,6 +22,10 @@ OWN = np.array([-0.04, 0.01, 0.02, 0.03], np.float32).reshape(4, 1, 1)
 
 def steps_of(name="ddim", n_steps=20):
     return make_steps(SCHEDULE, SamplerConfig(name, n_steps))
+
+
+def study_of(exact, network, pictures, **sampler):
+    return unrecorded(exact, network, setting_of(SCHEDULE, pictures=pictures, shape=SHAPE, **sampler))
 
 
 def float_net(x, t):
@@ -68,7 +73,7 @@ def test_short_intervals_never_probe_where_nothing_can_be_renoised(name):
 def test_repaired_removes_a_bias_per_channel(name):
     steps = steps_of(name)
     loop = rollout(steps, seed=0, shape=SHAPE)
-    fixes = qncd.fit(lambda _: float_net, lambda _: biased_net, steps, rollout=loop, batches=[range(4), range(4, 7)])
+    fixes = qncd.fit(study_of(float_net, biased_net, 7, name=name))
     calls = qncd.refresh_calls(steps)
     for call in calls:
         # means of 64 float32 values of size 1
@@ -108,8 +113,7 @@ def test_gain_is_the_share_of_m_that_is_error_of_the_row():
         return float_net(x, t) + draw
 
     pictures = 400
-    loop = rollout(steps, seed=0, shape=SHAPE)
-    fixes = qncd.fit(lambda _: float_net, lambda _: restless, steps, rollout=loop, batches=[range(pictures)])
+    fixes = qncd.fit(study_of(float_net, restless, pictures))
     expected = bias**2 / (bias**2 + spread**2)
     # the ratio's numerator averages m D over n = 1600 pairs, with std(m D) <= bias^2 + 2 bias spread + spread^2; four
     # standard errors, and as much for the denominator
@@ -132,13 +136,7 @@ def test_gain_is_zero_where_m_points_the_wrong_way():
         probed = seen[-2:].count(t) == 2  # the second call at one timestep is the probe
         return float_net(x, t) + (BIAS if probed else -BIAS)
 
-    fixes = qncd.fit(
-        lambda _: float_net,
-        lambda _: deceiving,
-        steps,
-        rollout=rollout(steps, seed=0, shape=SHAPE),
-        batches=[range(3)],
-    )
+    fixes = qncd.fit(study_of(float_net, deceiving, 3))
     assert all(f.m_gain == 0.0 for f in fixes[calls[0] :])
 
 
@@ -157,14 +155,8 @@ def test_other_predictions_are_fitted_in_eps(prediction):
 
         return predict
 
-    fixes = qncd.fit(
-        lambda _: as_output(float_net),
-        lambda _: as_output(biased_net),
-        steps,
-        rollout=rollout(steps, seed=0, shape=SHAPE, prediction=prediction),
-        batches=[range(4)],
-        prediction=prediction,
-    )
+    setting = setting_of(with_prediction(SCHEDULE, prediction), pictures=4, shape=SHAPE)
+    fixes = qncd.fit(unrecorded(as_output(float_net), as_output(biased_net), setting))
     for call in qncd.refresh_calls(steps):
         # eps = (x - a x_0) / b and back: float32 rounding of values up to 20 over b >= 0.07, averaged over 64
         np.testing.assert_allclose(fixes[call].m_ref.reshape(4, 1, 1), OWN, atol=5e-5)
@@ -174,7 +166,7 @@ def test_other_predictions_are_fitted_in_eps(prediction):
 def test_pictures_do_not_mix():
     steps = steps_of()
     loop = rollout(steps, seed=0, shape=SHAPE)
-    fixes = qncd.fit(lambda _: float_net, lambda _: biased_net, steps, rollout=loop, batches=[range(2)])
+    fixes = qncd.fit(study_of(float_net, biased_net, 2))
     *_, together = loop(lambda _: biased_net, range(5), fixes)
     *_, alone = loop(lambda _: biased_net, [4], fixes)
     np.testing.assert_array_equal(together.x[4:], alone.x)
@@ -189,27 +181,25 @@ def test_counts_and_options():
             counts[name] += 1
             return net(x, t)
 
-        return lambda _: predict
+        return predict
 
     models = counted("float", float_net), counted("quantized", biased_net)
-    loop = rollout(steps, seed=0, shape=SHAPE)
-    plain = qncd.fit(*models, steps, rollout=loop, batches=[range(2)], shrink=False)
+    plain = qncd.fit(study_of(*models, 2), shrink=False)
     assert counts == {"float": 22, "quantized": 0}
     assert all(f.m_gain == 1.0 for f in plain)
-    qncd.fit(*models, steps, rollout=loop, batches=[range(2)])
+    qncd.fit(study_of(*models, 2))
     first = qncd.refresh_calls(steps)[0]
     assert counts == {"float": 22 + 22 + 20 - first, "quantized": 22}
-    short = qncd.fit(*models, steps_of(n_steps=5), rollout=loop, batches=[range(2)])
+    short = qncd.fit(study_of(*models, 2, n_steps=5))
     assert len(short) == 5
     assert not any(f.refresh for f in short)
 
 
 def test_refusals():
     steps = steps_of()
-    loop = rollout(steps, seed=0, shape=SHAPE)
     with pytest.raises(CalibrationError, match="no pictures to fit on"):
-        qncd.fit(lambda _: float_net, lambda _: biased_net, steps, rollout=loop, batches=[])
+        qncd.fit(study_of(float_net, biased_net, 0))
     with pytest.raises(CalibrationError, match="refresh interval 0"):
         qncd.refresh_calls(steps, interval=0)
     with pytest.raises(CalibrationError, match="returned NaN or infinity"):
-        qncd.fit(lambda _: lambda x, t: np.nan * x, lambda _: biased_net, steps, rollout=loop, batches=[range(1)])
+        qncd.fit(study_of(lambda x, t: np.nan * x, biased_net, 1))

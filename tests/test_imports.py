@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 
 ORDER = (
-    "errors", "specs", "files", "bundle", "schedule", "steps", "correct", "sample", "checkpoint", "models", "calib",
-    "quant", "export", "engines", "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
+    "errors", "specs", "files", "bundle", "schedule", "steps", "correct", "sample", "study", "checkpoint", "models",
+    "calib", "quant", "export", "engines", "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
@@ -20,10 +21,11 @@ from qncd_deploy.cli.options import (
     threads_option,
 )
 from qncd_deploy.cli.progress import Bars
+from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
 from qncd_deploy.pictures import check_output, save_pictures
 from qncd_deploy.pipeline.build import build
-from qncd_deploy.pipeline.fit import METHODS, FitOptions, fit, merge_into
+from qncd_deploy.pipeline.fit import FitOptions, fit, merge_into
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import parse_labels
 
@@ -134,7 +136,7 @@ def sample_command(
 @remainder_option
 @click.option("--objective", type=click.Choice(["shift", "psnr"]), default="shift", help="What auto chooses by.")
 @click.option(
-    "--fit-size", type=click.IntRange(1), default=16, help="Pictures to fit on; the choice is made on twice as many."
+    "--fit-size", type=click.IntRange(1), default=32, help="Pictures to fit on; the choice is made on twice as many."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option
@@ -173,17 +175,20 @@ def fit_command(
         seed=seed,
         threads=threads,
     )
+    folder = engine_dir / bundle.resolve().name
+    work = folder / "fits"
+    work.mkdir(parents=True, exist_ok=True)
     with Bars().stage("fitting") as tick:
-        fitted = fit(opened, options, tick)
-    path = engine_dir / bundle.resolve().name / f"corrections-{make_engine_id(backend, remainder)}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
+        fitted = fit(opened, options, work, tick)
+    path = folder / f"corrections-{make_engine_id(backend, remainder)}.npz"
     merge_into(path, [fitted])
+    shutil.rmtree(work, ignore_errors=True)
     if as_json:
         print_json(
             {"output": str(path), "choice": fitted.choice, "objective": fitted.objective, "figures": fitted.figures}
         )
         return
-    figures = ", ".join(f"{method} {value:.4g}" for method, value in fitted.figures.items())
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in fitted.figures.items())
     click.echo(f"{path}  auto = {fitted.choice} (by {fitted.objective}: {figures})")
 
 

@@ -1,4 +1,9 @@
-"""What a fit function is handed: models by picture, and the ordinary sampling loop to run them in."""
+"""What a fit function is handed: paired outputs of both networks, the ordinary sampling loop, and runs call by call.
+
+teacher-forced pairs    q and e, the quantized and the float network's output at the same input x, which is the
+                        float sampler's own state: what q - e is made of, call by call
+free run                the quantized sampler on its own, the rows fitted so far active: what has added up
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from qncd_deploy.correct.record import StepFix
+from qncd_deploy.schedule import Prediction
 from qncd_deploy.specs import Array, EpsModel
-from qncd_deploy.steps import Step
+from qncd_deploy.steps import Memory, Step
 
 ModelFor = Callable[[Sequence[int]], EpsModel]
 """The network for a batch of pictures, named by index: labels and guidance are inside what it returns."""
@@ -22,7 +30,7 @@ class State:
     step         the scalars in force, corrections included
     x_in         the network's input (N, C, H, W); raw: its output after guidance, untouched
     eps          the corrected output as eps, the one the sampler used
-    x            the state after the update
+    x            the state after the update, and what a multistep sampler remembers with it
     m            QNCD's running mean in eps, before m_gain: a float or (N, C, 1, 1); None before the first probe
     extra_calls  network calls so far beyond one per row
     """
@@ -33,6 +41,7 @@ class State:
     raw: Array
     eps: Array
     x: Array
+    memory: Memory
     m: Array | float | None
     extra_calls: int
 
@@ -43,3 +52,74 @@ class Rollout(Protocol):
     def __call__(
         self, model_for: ModelFor, indices: Sequence[int], fixes: Sequence[StepFix] | None = None
     ) -> Iterator[State]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """One network call, teacher-forced: raw outputs after guidance, each (N, C, H, W) float32, N pictures.
+
+    call, step  index of the call and the sampler's untouched row
+    x           the networks' input: the float sampler's state before the call
+    q, e        the quantized and the float network's output there
+    """
+
+    call: int
+    step: Step
+    x: np.ndarray
+    q: np.ndarray
+    e: np.ndarray
+
+    @property
+    def error(self) -> np.ndarray:
+        """D = q - e."""
+        return self.q - self.e
+
+
+class Run(Protocol):
+    """A sampler on all pictures of a study, one call at a time; a row may be chosen knowing all before it.
+
+    call, step: of the next network call;  x: (N, C, H, W) float32, the state before it.
+    """
+
+    call: int
+    step: Step
+    x: np.ndarray
+
+    def output(self, fix: StepFix = ...) -> np.ndarray:
+        """The network's raw output at the input that this row asks for (x_add, t_model), (N, C, H, W). Changes
+        nothing; advance with the same input runs the network no second time."""
+        ...
+
+    def advance(self, fix: StepFix = ...) -> State:
+        """Make the call with this row and update the state. abar and abar_next of the row are honoured."""
+        ...
+
+
+class Study(Protocol):
+    """Everything measured for one way to sample; fit functions read it and return one row per network call.
+
+    steps           the sampler's untouched rows
+    pictures        how many pictures
+    exact_network   the float network for these pictures
+    """
+
+    steps: Sequence[Step]
+    prediction: Prediction
+    pictures: int
+    exact_network: EpsModel
+
+    def pairs(self) -> Iterator[Pairs]:
+        """The teacher-forced pairs of every call, in order; may be asked for again."""
+        ...
+
+    def exact(self, call: int) -> np.ndarray:
+        """The float sampler's state before the call, (N, C, H, W); call len(steps) is its result."""
+        ...
+
+    def run(self) -> Run:
+        """A fresh free run of the quantized sampler on the same pictures, from the same noise."""
+        ...
+
+    def exact_run(self) -> Run:
+        """The same of the float sampler."""
+        ...

@@ -23,11 +23,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from qncd_deploy.correct.fitting import ModelFor, Rollout
+from qncd_deploy.correct.fitting import Run, Study
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.errors import CalibrationError
-from qncd_deploy.schedule import Prediction
-from qncd_deploy.specs import Array
 from qncd_deploy.steps import Step, eps_from_output
 
 INTERVAL = 10
@@ -58,81 +56,58 @@ def fit_paper(steps: Sequence[Step], *, interval: int = INTERVAL) -> tuple[StepF
     return tuple(StepFix(refresh=call in calls, m_pool="batch") for call in range(len(steps)))
 
 
-def fit(
-    float_for: ModelFor,
-    quantized_for: ModelFor,
-    steps: Sequence[Step],
-    *,
-    rollout: Rollout,
-    batches: Iterable[Sequence[int]],
-    interval: int = INTERVAL,
-    prediction: Prediction = "epsilon",
-    shrink: bool = True,
-) -> tuple[StepFix, ...]:
-    """The repaired estimator, fitted by running both models through the sampling loop.
+def fit(study: Study, *, interval: int = INTERVAL, shrink: bool = True) -> tuple[StepFix, ...]:
+    """The repaired estimator, fitted by running both networks through the sampling loop.
 
-    float_for, quantized_for: both networks by picture, on the engine that will run them.
-    rollout: the loop over `steps` (sample.rollout); batches: indices of the pictures to fit on.
-
-    m_ref is the mean of the float model's own probes. With `shrink`, m_gain of each row is the g in [0, 1] with the
-    least E|eps_q - g m - eps|^2 over the quantized model's own states: m is noisy and grows stale between refreshes,
+    m_ref is the mean of the float network's own probes. With `shrink`, m_gain of each row is the g in [0, 1] with the
+    least E|eps_q - g m - eps|^2 over the quantized sampler's own states: m is noisy and grows stale between refreshes,
     and only the part of it that is error of this row should be subtracted. Without, m_gain is 1.
     Cost, for n rows and r refreshes: n + r calls of the float network, and with shrink up to n more, and n + r of the
     quantized one.
     Raises CalibrationError without pictures, or if an estimate is not finite.
     """
-    pictures = [tuple(batch) for batch in batches]
-    if not any(pictures):
+    steps = study.steps
+    if not study.pictures:
         raise CalibrationError("qncd: no pictures to fit on.")
     calls = refresh_calls(steps, interval=interval)
     if not calls:
         return tuple(StepFix() for _ in steps)
     measuring = tuple(StepFix(refresh=call in calls, m_gain=0.0) for call in range(len(steps)))
-    reference = _probe_means(float_for, rollout, pictures, measuring)
+    reference = _probe_means(study.exact_run(), measuring)
     fixes = tuple(replace(fix, m_ref=reference[call]) if fix.refresh else fix for call, fix in enumerate(measuring))
-    gains = _gains(float_for, quantized_for, rollout, pictures, fixes, prediction) if shrink else [1.0] * len(steps)
+    gains = _gains(study, fixes) if shrink else [1.0] * len(steps)
     return tuple(replace(fix, m_gain=gain) for fix, gain in zip(fixes, gains, strict=True))
 
 
-def _probe_means(
-    model_for: ModelFor, rollout: Rollout, batches: Sequence[Sequence[int]], fixes: Sequence[StepFix]
-) -> dict[int, np.ndarray]:
+def _probe_means(run: Run, fixes: Sequence[StepFix]) -> dict[int, np.ndarray]:
     """Mean over pictures of what the probe measures at each refresh, (C,) float64 by call."""
-    probes: dict[int, list[Array]] = {}
-    for batch in batches:
-        for state in rollout(model_for, batch, fixes):
-            if fixes[state.call].refresh:
-                probes.setdefault(state.call, []).append(np.asarray(state.m).sum(axis=(0, 2, 3), dtype=np.float64))
-    count = sum(map(len, batches))
-    means = {call: np.sum(sums, axis=0) / count for call, sums in probes.items()}
+    means = {}
+    for call, fix in enumerate(fixes):
+        state = run.advance(fix)
+        if fix.refresh:
+            means[call] = np.asarray(state.m).mean(axis=(0, 2, 3), dtype=np.float64)
     _check_finite(means.values())
     return means
 
 
-def _gains(
-    float_for: ModelFor,
-    quantized_for: ModelFor,
-    rollout: Rollout,
-    batches: Sequence[Sequence[int]],
-    fixes: Sequence[StepFix],
-    prediction: Prediction,
-) -> list[float]:
+def _gains(study: Study, fixes: Sequence[StepFix]) -> list[float]:
     """g = <m, D> / <m, m> clipped to [0, 1], D the error of eps averaged over each picture and channel (only this part
     of it can be met by m); 1 before the first probe."""
-    along, squared = np.zeros(len(fixes)), np.zeros(len(fixes))
-    for batch in batches:
-        predict = float_for(batch)
-        for state in rollout(quantized_for, batch, fixes):
-            if state.m is None:
-                continue
-            abar = state.step.abar_call
-            exact = eps_from_output(predict(state.x_in, state.step.t), state.x_in, abar, prediction)
-            error = eps_from_output(state.raw, state.x_in, abar, prediction) - exact
-            mean_error = error.mean(axis=(2, 3), keepdims=True)
-            along[state.call] += np.sum(state.m * mean_error, dtype=np.float64)
-            squared[state.call] += np.sum(np.square(state.m), dtype=np.float64)
-    _check_finite([along, squared])
-    return [float(np.clip(n / d, 0.0, 1.0)) if d else 1.0 for n, d in zip(along, squared, strict=True)]
+    gains, run = [], study.run()
+    for fix in fixes:
+        state = run.advance(fix)
+        if state.m is None:
+            gains.append(1.0)
+            continue
+        abar = state.step.abar_call
+        raw = study.exact_network(state.x_in, state.step.t)
+        exact = eps_from_output(raw, state.x_in, abar, study.prediction)
+        error = eps_from_output(state.raw, state.x_in, abar, study.prediction) - exact
+        along = np.sum(state.m * error.mean(axis=(2, 3), keepdims=True), dtype=np.float64)
+        squared = np.sum(np.square(state.m), dtype=np.float64)
+        _check_finite([along, squared])
+        gains.append(float(np.clip(along / squared, 0.0, 1.0)) if squared else 1.0)
+    return gains
 
 
 def _check_finite(values: Iterable[np.ndarray]) -> None:

@@ -75,11 +75,6 @@ def tells_nothing_of_the_machine(model: ir.Model, plan: QuantPlan) -> Iterator[s
             yield f"{getattr(thing, 'name', 'model')}: holds metadata or a doc string."
 
 
-def something_is_quantized(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
-    if not quantized_ops(model.graph):
-        yield f"none of {len(plan)} weighted layers is quantized. Widen --quant-level or narrow --exclude."
-
-
 def quantized_as_planned(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     """The layers and the edges, as sets; other siblings may quantize outputs as well."""
     weights = {_weight_name(node) for node in quantized_ops(model.graph)}
@@ -176,6 +171,6 @@ _ALWAYS: tuple[Rule, ...] = (
     borders_are_float32,
 )
 FLOAT = _ALWAYS
-MASTER = (*_ALWAYS, something_is_quantized, quantized_as_planned, only_inputs_are_quantized, tensorrt_can_import)
+MASTER = (*_ALWAYS, quantized_as_planned, only_inputs_are_quantized, tensorrt_can_import)
 TENSORRT = (*MASTER, remainder_is_half)
-ONNXRUNTIME = (*_ALWAYS, something_is_quantized, quantized_as_planned, activations_are_unsigned, convolutions_can_fuse)
+ONNXRUNTIME = (*_ALWAYS, quantized_as_planned, activations_are_unsigned, convolutions_can_fuse)

@@ -26,14 +26,15 @@ from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.files import atomic_directory, sha256_file
 from qncd_deploy.models.load import artifact_name
 from qncd_deploy.pipeline.calibrate import calibration_set
-from qncd_deploy.pipeline.fit import METHODS, FitOptions, Fitted, fit, merge_into
+from qncd_deploy.pipeline.fit import FitOptions, Fitted, fit, merge_into
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
-from qncd_deploy.pipeline.quantize import Quantized, Smoothing, policy_of, quantize
+from qncd_deploy.pipeline.quantize import Quantized, Smoothing, policy_of, quantize, unquantized
 from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.quant.policy import FLOAT_FORMAT
 from qncd_deploy.runtime import Bundle
 
 GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx"}
@@ -78,7 +79,8 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         if network.schedule is None:
             write_page(Bundle(folder, manifest), {}, None, command=command)
             return Exported(Bundle(target, manifest), quantized, {}, None, network.notes)
-        fitted = {} if options.correction == "off" else _fitted(Bundle(folder, manifest), options, progress)
+        exact = options.correction == "off" or options.format == FLOAT_FORMAT
+        fitted = {} if exact else _fitted(Bundle(folder, manifest), options, progress)
         if fitted:
             merge_into(folder / "corrections.npz", list(fitted.values()))
             roles = {**manifest.roles, "corrections": "corrections.npz"}
@@ -130,6 +132,8 @@ def _short(value: Any) -> str:
 
 def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, progress: Progress) -> Quantized:
     verify(network.model, FLOAT, name="unet-float.onnx")
+    if options.format == FLOAT_FORMAT:
+        return unquantized(network, options)
     graph = scratch / GRAPHS["float"]
     save_siblings({graph.name: network.model}, scratch)
     with progress.stage("calibration") as tick:
@@ -220,7 +224,8 @@ def _output(plan: QuantPlan) -> dict[str, Any]:
 
 def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:
     """Tables for every CPU engine of this machine, by engine id."""
-    methods = METHODS if options.correction == "auto" else (options.correction,)
+    methods = None if options.correction == "auto" else (options.correction,)
+    work = options.calib_dir / _name(options) / "fits"
     found = {}
     for backend in BACKENDS.values():
         if backend.name == "torch" or backend.device != "cpu" or backend_status(backend).missing is not None:
@@ -229,8 +234,9 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
             backend.name, methods=methods, objective=options.objective, size=options.fit_size, seed=options.seed
         )
         with progress.stage(f"corrections for {backend.name}") as tick:
-            fitted = fit(bundle, fit_options, tick)
+            fitted = fit(bundle, fit_options, work, tick)
         if options.correction != "auto":
             fitted = replace(fitted, choice=options.correction)
         found[make_engine_id(backend.name)] = fitted
+    shutil.rmtree(work, ignore_errors=True)
     return found

@@ -6,48 +6,56 @@ to choose on, one to report on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qncd_deploy.correct import qncd
-from qncd_deploy.correct.record import CorrectionTable, Tables, load_tables, save_tables
-from qncd_deploy.engines.base import Remainder
-from qncd_deploy.errors import UsageError
+from qncd_deploy.correct.methods import METHODS
+from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
+from qncd_deploy.engines.base import Remainder, default_backend
+from qncd_deploy.errors import CalibrationError, UsageError
 from qncd_deploy.evaluate.features import FeatureNetwork
-from qncd_deploy.evaluate.metrics import psnr, shift
-from qncd_deploy.pictures import Pictures
+from qncd_deploy.files import canonical_json
+from qncd_deploy.pipeline.arena import Arena
+from qncd_deploy.pipeline.choose import Choice, choose
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
-from qncd_deploy.sample import rollout
 from qncd_deploy.sampler import Sampler
 from qncd_deploy.specs import EpsModel
+from qncd_deploy.study import RecordedStudy, Setting
 
-METHODS = ("qncd", "qncd:paper")
 FIRST_FIT_PICTURE = 1 << 28
 FIRST_CHOICE_PICTURE = 1 << 29
-RESAMPLES = 400
-CONFIDENCE = 0.95
-"""A method replaces "off" only if it wins in this share of the bootstrap resamples of the pictures."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The tables of one way to sample, which one `--correction auto` takes, and by what figures (method -> value)."""
+    """The tables of one way to sample, which one `--correction auto` takes, and by what figures (name -> value).
+
+    figures: of everything tried on all held-out pictures;  screened: of every method on half of them;  refused: why a
+    method could not be fitted.
+    """
 
     tables: tuple[CorrectionTable, ...]
     choice: str
     objective: str
     figures: Mapping[str, float]
+    screened: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What to fit for; None is the bundle's own. methods: of METHODS. size: pictures to fit on, twice as many to choose
-    by.
+    """What to fit for; None is the bundle's own. methods: of METHODS, None for all. size: pictures to fit on; the
+    choice is made on twice as many.
     """
 
     backend: str
@@ -56,12 +64,16 @@ class FitOptions:
     n_steps: int | None = None
     eta: float | None = None
     guidance_scale: float | None = None
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] | None = None
     objective: str = "shift"
-    size: int = 16
+    size: int = 32
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods or ()) - METHODS.keys():
+            raise UsageError(f"--correction {min(unknown)}: expected one of {', '.join(METHODS)}.")
 
     @property
     def fit_pictures(self) -> range:
@@ -72,10 +84,13 @@ class FitOptions:
         return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + 2 * self.size)
 
 
-def fit(bundle: Bundle, options: FitOptions, tick: Tick) -> Fitted:
-    """Fit every method and choose one, or "off" where none is better beyond chance.
+def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
+    """Fit the methods and choose one, or "off" where none is better beyond chance.
 
-    Raises: EngineError, ScheduleError or CalibrationError as the sampler and the fits do.
+    work: a folder for paired outputs, used again by fits for other engines and by one that was interrupted; the caller
+    removes it in the end.
+    Raises: EngineError, ScheduleError or CalibrationError as the sampler and the fits do; a method that cannot be
+    fitted is an error only if no other is asked for.
     """
     opened: dict[str, Any] = {
         "scheduler": options.scheduler,
@@ -84,23 +99,29 @@ def fit(bundle: Bundle, options: FitOptions, tick: Tick) -> Fitted:
         "guidance_scale": options.guidance_scale,
         "threads": options.threads,
         "batch_size": options.batch_size,
-        "backend": options.backend,
     }
-    with (
-        bundle.sampler(float_twin=True, **opened) as exact,
-        bundle.sampler(correction="off", remainder=options.remainder, **opened) as plain,
-    ):
-        work = _Work(tick, rows=len(plain.steps), options=options)
-        tables = tuple(_table(method, exact, plain, options, work) for method in options.methods)
-        objective, figures, wins = _judge(bundle, exact, plain, tables, options, work)
-    lower_is_better = objective == "shift"
-    best = (min if lower_is_better else max)(figures, key=figures.__getitem__)
-    choice = best if wins.get(best, 0.0) >= CONFIDENCE else "off"
-    tables = tuple(
-        replace(table, info={**table.info, objective: figures[table.method], "beats off": wins[table.method]})
-        for table in tables
-    )
-    return Fitted(tables, choice, objective, figures)
+    with ExitStack() as stack:
+        # one float reference for all CPU engines: their float twins agree to rounding
+        twin = options.backend if options.backend not in _CPU else default_backend()
+        exact = stack.enter_context(bundle.sampler(twin, float_twin=True, **opened))
+        plain = stack.enter_context(
+            bundle.sampler(options.backend, correction="off", remainder=options.remainder, **opened)
+        )
+        done = _Work(tick, options, calls=len(plain.steps))
+        study = _recorded(bundle, exact, plain, options, work, done)
+        fitted, refused = _fit_all(study, options, done)
+        features = None
+        if options.objective == "shift" and "features" in bundle.manifest.roles and exact.network.decoder is not None:
+            features = stack.enter_context(FeatureNetwork.open(bundle.file("features"), twin))
+        pictures = exact.sample(options.choice_pictures, seed=options.seed, on_state=lambda s: done.add(len(s.x)))
+        arena = Arena(pictures, plain, features, options.seed, done.add)
+        chosen = choose(study, fitted, arena)
+    tables = _tables(plain.table.key, fitted, chosen, arena.objective, options)
+    name = "off" if chosen.taken is None else chosen.taken.name
+    return Fitted(tables, name, arena.objective, chosen.figures, chosen.screened, refused)
+
+
+_CPU = ("openvino", "onnxruntime", "torch")
 
 
 def merge_into(path: Path, fitted: Sequence[Fitted]) -> None:
@@ -114,11 +135,13 @@ def merge_into(path: Path, fitted: Sequence[Fitted]) -> None:
 
 
 class _Work:
-    """Counts batches of network calls for the progress bar; an upper bound of all there are."""
+    """Counts pictures run through a network for the progress bar; an upper bound of all there are."""
 
-    def __init__(self, tick: Tick, *, rows: int, options: FitOptions) -> None:
-        fits = 3 * len(options.fit_pictures) * ("qncd" in options.methods)
-        self._total = rows * (fits + (2 + len(options.methods)) * len(options.choice_pictures))
+    def __init__(self, tick: Tick, options: FitOptions, *, calls: int) -> None:
+        methods = len(options.methods or METHODS)
+        fits = (2 + methods) * options.size
+        trials = (2 + 6 + methods / 2) * len(options.choice_pictures)
+        self._total = round(calls * (fits + trials))
         self._done = 0
         self._tick = tick
 
@@ -126,94 +149,64 @@ class _Work:
         self._done = min(self._done + pictures, self._total)
         self._tick(self._done, self._total)
 
-
-def _table(method: str, exact: Sampler, plain: Sampler, options: FitOptions, work: _Work) -> CorrectionTable:
-    if method == "qncd:paper":
-        return CorrectionTable(method, plain.table.key, qncd.fit_paper(plain.steps))
-    if method != "qncd":
-        raise UsageError(f"--correction {method}: expected one of {', '.join(METHODS)}.")
-    facts, schedule = plain.network.facts, plain.network.schedule
-
-    def counted(sampler: Sampler, indices: Sequence[int]) -> EpsModel:
-        model = sampler.model_for(indices, batch_size=sampler.batch_size)
-
+    def counted(self, model: EpsModel) -> EpsModel:
         def predict(x: np.ndarray, t: float) -> np.ndarray:
-            work.add(len(indices))
+            self.add(len(x))
             return model(x, t)
 
         return predict
 
-    fixes = qncd.fit(
-        lambda indices: counted(exact, indices),
-        lambda indices: counted(plain, indices),
-        plain.steps,
-        rollout=rollout(
-            plain.steps,
-            seed=options.seed,
-            shape=facts.latent_shape,
-            prediction=schedule.prediction,
-            scale=plain.initial_scale,
-        ),
-        batches=list(_batches(options.fit_pictures, plain.batch_size)),
-        prediction=schedule.prediction,
+
+def _recorded(
+    bundle: Bundle, exact: Sampler, plain: Sampler, options: FitOptions, work: Path, done: _Work
+) -> RecordedStudy:
+    pictures = options.fit_pictures
+    setting = Setting(
+        plain.network.schedule, plain.config, pictures, options.seed, tuple(plain.network.facts.latent_shape)
     )
-    info = {"pictures": options.size, "m_gain": [round(fix.m_gain, 4) for fix in fixes]}
-    return CorrectionTable(method, plain.table.key, fixes, info)
+    exact_network, network = (
+        done.counted(sampler.model_for(pictures, batch_size=sampler.batch_size)) for sampler in (exact, plain)
+    )
+    of_float = {**asdict(plain.table.key), "backend": exact.table.key.backend, "plan_sha": exact.network.source}
+    recipes = (of_float, {**asdict(plain.table.key), "network": plain.network.source})
+    folders = [
+        work / hashlib.sha256(canonical_json([recipe, options.size, options.seed]).encode()).hexdigest()[:16]
+        for recipe in recipes
+    ]
+    study = RecordedStudy(setting, exact_network, network, *folders)
+    study.record()
+    return study
 
 
-def _batches(pictures: range, size: int) -> Iterator[range]:
-    for start in range(0, len(pictures), size):
-        yield pictures[start : start + size]
+def _fit_all(
+    study: RecordedStudy, options: FitOptions, done: _Work
+) -> tuple[dict[str, tuple[StepFix, ...]], dict[str, str]]:
+    fitted, refused = {}, {}
+    for name in options.methods or METHODS:
+        try:
+            fitted[name] = METHODS[name].fit(study)
+        except CalibrationError as exc:
+            if options.methods is not None and len(options.methods) == 1:
+                raise
+            refused[name] = str(exc)
+            log.info("correction %s was not fitted: %s", name, exc)
+    return fitted, refused
 
 
-def _judge(
-    bundle: Bundle,
-    exact: Sampler,
-    plain: Sampler,
-    tables: Sequence[CorrectionTable],
-    options: FitOptions,
-    work: _Work,
-) -> tuple[str, dict[str, float], dict[str, float]]:
-    """The objective used, its value by method, and how often each method beats "off" in resamples of the pictures."""
+def _tables(
+    key: ScheduleKey, fitted: Mapping[str, tuple[StepFix, ...]], chosen: Choice, objective: str, options: FitOptions
+) -> tuple[CorrectionTable, ...]:
+    """One for every method, and one for the choice if it is made of several."""
+    rows = dict(fitted)
+    if chosen.taken is not None:
+        rows.setdefault(chosen.taken.name, chosen.taken.fixes)
 
-    def sample(sampler: Sampler) -> Pictures:
-        return sampler.sample(options.choice_pictures, seed=options.seed, on_state=lambda state: work.add(len(state.x)))
+    def info(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"pictures": options.size}
+        if name in chosen.figures:
+            found |= {objective: chosen.figures[name], "beats off": chosen.wins[name]}
+        elif name in chosen.screened:
+            found |= {f"{objective}, half of the pictures": chosen.screened[name]}
+        return found
 
-    reference = sample(exact)
-    rivals = {"off": sample(plain)}
-    for table in tables:
-        corrected = Sampler(
-            plain.network,
-            config=plain.config,
-            guidance_scale=plain.guidance_scale,
-            table=table,
-            batch_size=plain.batch_size,
-        )
-        rivals[table.method] = sample(corrected)
-    rng = np.random.default_rng(options.seed)
-    count = len(options.choice_pictures)
-    resamples = rng.integers(0, count, (RESAMPLES, count))
-    if options.objective == "shift" and "features" in bundle.manifest.roles and reference.images is not None:
-        with FeatureNetwork.open(bundle.file("features"), options.backend) as network:
-            truth = network(reference.images).features
-            features = {method: network(pictures.images).features for method, pictures in rivals.items()}
-        figures = {method: shift(found, truth) for method, found in features.items()}
-        spread = {
-            method: np.array([shift(found[rows], truth[rows]) for rows in resamples])
-            for method, found in features.items()
-        }
-        wins = {method: float(np.mean(values < spread["off"])) for method, values in spread.items()}
-        return "shift", figures, wins
-    quality = {method: _fidelity(pictures, reference) for method, pictures in rivals.items()}
-    figures = {method: float(values.mean()) for method, values in quality.items()}
-    gain = {method: (values - quality["off"])[resamples].mean(axis=1) for method, values in quality.items()}
-    return "psnr", figures, {method: float(np.mean(values > 0)) for method, values in gain.items()}
-
-
-def _fidelity(pictures: Pictures, reference: Pictures) -> np.ndarray:
-    """Per picture: PSNR of the bytes, or of the latents where there are no pictures, in dB."""
-    if pictures.images is not None and reference.images is not None:
-        return psnr(pictures.images, reference.images)
-    error = np.square(pictures.latents - reference.latents).mean(axis=(1, 2, 3), dtype=np.float64)
-    peak = np.abs(reference.latents).max()
-    return 10 * np.log10(peak**2 / np.maximum(error, np.finfo(np.float64).tiny))
+    return tuple(CorrectionTable(name, key, fixes, info(name)) for name, fixes in rows.items())

@@ -7,11 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.errors import UsageError
 
-FORMATS = ("w8a8",)
+FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
-CORRECTIONS = ("auto", "off", "qncd", "qncd:paper")
+CORRECTIONS = ("auto", "off", *METHODS)
 OBJECTIVES = ("shift", "psnr")
 CALIB_METHODS = ("minmax", "percentile", "mse")
 
@@ -54,7 +55,7 @@ class ExportOptions:
     alpha: float | None = None
     correction: str = "auto"
     objective: str = "shift"
-    fit_size: int = 16
+    fit_size: int = 32
     eval_size: int = 64
     seed: int = 0
     gate: bool = True

@@ -79,6 +79,12 @@ def policy_of(options: ExportOptions) -> Policy:
     )
 
 
+def unquantized(network: FloatNetwork, options: ExportOptions) -> Quantized:
+    """The plan and the graphs of a bundle whose layers all stay in float: the baseline of the quantized ones."""
+    plan = make_plan(network.sites, {}, {}, policy_of(options))
+    return Quantized(plan, Smoothing({}, ()), _graphs(network.model, network.model.clone(), plan))
+
+
 def quantize(
     network: FloatNetwork, calib: CalibSet, options: ExportOptions, scratch: Path, progress: Progress
 ) -> Quantized:

@@ -247,7 +247,7 @@ def make_plan(
             grids[site.input] = policy.act_grid(stats[site.input])
         layers.append(_quantized_layer(site, reason, _checked_weight(site, weights), stats, grids[site.input], policy))
     plan = QuantPlan(policy.format, tuple(layers))
-    if not plan.quantized:
+    if not plan.quantized and policy.quant_level:
         reasons = "; ".join(sorted({layer.reason for layer in layers})) or "the graph has none"
         raise PlanError(f"plan: none of {len(layers)} weighted layers would be quantized ({reasons}).")
     return plan
@@ -265,6 +265,8 @@ def check_patterns(sites: Sequence[LayerSite], policy: Policy) -> None:
 
 def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
     """Whether a layer is quantized, and the rule that said so; needs no weights and no statistics."""
+    if policy.quant_level == 0:
+        return False, f"format {policy.format}"
     if pattern := _first_match(policy.exclude, site.name):
         return False, f"--exclude {pattern!r}"
     if pattern := _first_match(policy.include, site.name):

@@ -21,7 +21,8 @@ from qncd_deploy.quant.ranges import (
     percentile_stats,
 )
 
-QUANT_LEVELS = (1, 2, 2.5, 3)
+QUANT_LEVELS = (0, 1, 2, 2.5, 3)
+FLOAT_FORMAT = "fp16"
 WEIGHT_METHODS = ("minmax", "mse", "lp2.4")
 ACT_METHODS = ("minmax", "percentile", "mse")
 
@@ -30,11 +31,11 @@ ACT_METHODS = ("minmax", "percentile", "mse")
 class Policy:
     """What to quantize and how; checked when built.
 
-    quant_level: 1 convolutions, 2 adds the feed-forward Linears, 2.5 the query, key and value projections, 3 every
-    weighted Linear. exclude, include: regular expressions searched in weight names. A layer that `exclude` matches
-    stays float; else one that `include` matches is quantized whatever its level, role or name; else the defaults
-    decide. weight_method: "minmax", "mse" (p = 2) or "lp2.4" (Q-Diffusion's search). act_method: "minmax",
-    "percentile" or "mse".
+    quant_level: 0 nothing (the format is fp16), 1 convolutions, 2 adds the feed-forward Linears, 2.5 the query, key and
+    value projections, 3 every weighted Linear. exclude, include: regular expressions searched in weight names. A layer
+    that `exclude` matches stays float; else one that `include` matches is quantized whatever its level, role or name;
+    else the defaults decide. weight_method: "minmax", "mse" (p = 2) or "lp2.4" (Q-Diffusion's search). act_method:
+    "minmax", "percentile" or "mse".
     """
 
     weight_bits: int = 8
@@ -69,7 +70,9 @@ class Policy:
 
     @classmethod
     def for_format(cls, format: str, **options: Any) -> Policy:
-        """Policy of "w8a8", "w4a6" and the like; options are the other fields."""
+        """Policy of "fp16", "w8a8", "w4a6" and the like; options are the other fields."""
+        if format == FLOAT_FORMAT:
+            return cls(**{**options, "quant_level": 0})
         bits = re.fullmatch(r"w(\d+)a(\d+)", format)
         if bits is None:
             raise PlanError(f"format {format!r}: expected wNaM, weight and activation bits, like w8a8.")
@@ -77,7 +80,7 @@ class Policy:
 
     @property
     def format(self) -> str:
-        return f"w{self.weight_bits}a{self.act_bits}"
+        return FLOAT_FORMAT if self.quant_level == 0 else f"w{self.weight_bits}a{self.act_bits}"
 
     @property
     def act_method_text(self) -> str:

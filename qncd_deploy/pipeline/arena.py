@@ -1,0 +1,108 @@
+"""Held-out pictures on which corrections compete: the same noise and labels for all, against the float twin's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qncd_deploy.correct.record import CorrectionTable, StepFix
+from qncd_deploy.evaluate.features import FeatureNetwork
+from qncd_deploy.evaluate.metrics import psnr, shift
+from qncd_deploy.pictures import Pictures
+from qncd_deploy.sampler import Sampler
+
+RESAMPLES = 400
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Rows that compete under a name."""
+
+    name: str
+    fixes: tuple[StepFix, ...]
+
+
+@dataclass(eq=False)
+class Arena:
+    """Samples candidates, each picture once, and compares them.
+
+    exact: the float twin's pictures, all of the held-out ones;  plain: a sampler of the quantized network;  features:
+    None where pictures are compared one by one: by PSNR of their bytes, or of the latents where there are no pictures.
+    on_pictures: told of every network call for how many pictures it was.
+    """
+
+    exact: Pictures
+    plain: Sampler
+    features: FeatureNetwork | None
+    seed: int
+    on_pictures: Callable[[int], None] = lambda count: None
+    _samples: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._truth = self._described(self.exact, 0)
+
+    @property
+    def objective(self) -> str:
+        return "psnr" if self.features is None else "shift"
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def figure(self, candidate: Candidate, count: int) -> float:
+        """The objective on the first `count` held-out pictures: shift, or mean PSNR in dB."""
+        return self._figure(self._sampled(candidate, count), np.arange(count))
+
+    def cost(self, candidate: Candidate, count: int) -> float:
+        """The same so that less is better."""
+        figure = self.figure(candidate, count)
+        return figure if self.features is not None else -figure
+
+    def wins(self, candidate: Candidate, rival: Candidate, count: int) -> float:
+        """Share of bootstrap resamples of the first `count` pictures in which the candidate is better than its rival:
+        0.5 says nothing, 0.95 is significant at 5 %, one-sided."""
+        one, other = self._sampled(candidate, count), self._sampled(rival, count)
+        rng = np.random.default_rng(self.seed)
+        sign = 1 if self.features is not None else -1
+        gains = [
+            sign * (self._figure(other, rows) - self._figure(one, rows))
+            for rows in rng.integers(0, count, (RESAMPLES, count))
+        ]
+        return float(np.mean(np.array(gains) > 0))
+
+    def _figure(self, sample: np.ndarray, rows: np.ndarray) -> float:
+        if self.features is None:
+            return float(sample[rows].mean())
+        return shift(sample[rows], self._truth[rows])
+
+    def _sampled(self, candidate: Candidate, count: int) -> np.ndarray:
+        """What is known of a candidate's first `count` pictures, sampling those that are missing."""
+        held = self._samples.get(candidate.name)
+        start = 0 if held is None else len(held)
+        if start < count:
+            sampler = Sampler(
+                self.plain.network,
+                config=self.plain.config,
+                guidance_scale=self.plain.guidance_scale,
+                table=CorrectionTable(candidate.name, self.plain.table.key, candidate.fixes),
+                batch_size=self.plain.batch_size,
+            )
+            indices: Sequence[int] = self.exact.indices[start:count].tolist()
+            found = sampler.sample(indices, seed=self.seed, on_state=lambda state: self.on_pictures(len(state.x)))
+            new = self._described(found, start)
+            self._samples[candidate.name] = held = new if held is None else np.concatenate([held, new])
+        assert held is not None
+        return held[:count]
+
+    def _described(self, pictures: Pictures, start: int) -> np.ndarray:
+        """Features of each picture, (n, d), or its fidelity to the float twin's in dB, (n,)."""
+        if self.features is not None:
+            assert pictures.images is not None
+            return self.features(pictures.images).features
+        rows = slice(start, start + len(pictures))
+        if pictures.images is not None and self.exact.images is not None:
+            return psnr(pictures.images, self.exact.images[rows])
+        error = np.square(pictures.latents - self.exact.latents[rows]).mean(axis=(1, 2, 3), dtype=np.float64)
+        peak = np.abs(self.exact.latents).max()
+        return 10 * np.log10(peak**2 / np.maximum(error, np.finfo(np.float64).tiny))
