@@ -34,6 +34,7 @@ ISLANDS = {
     "onnxruntime": ("engines/ort.py",),
     "jinja2": ("evaluate/report.py",),
     "matplotlib": ("evaluate/report.py",),
+    "cupy": ("engines/trt/cuda.py",),
     "tensorrt": ("engines/trt/library.py",),
     "tensorrt_rtx": ("engines/trt/library.py",),
 }

@@ -138,6 +138,7 @@ class BaseEngine(ABC):
         self.path = path
         self.inputs = inputs
         self.outputs = outputs
+        self.arrays: Arrays = HostArrays()
         self._closed = False
 
     @classmethod
@@ -145,7 +146,7 @@ class BaseEngine(ABC):
         """The version of the library, None if it does not tell. Raises BackendMissing if it cannot run here."""
         return _version(backend.package)
 
-    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises EngineError if an input is missing, unknown, or of another dtype or shape."""
         assert not self._closed, f"{self.path}: the engine is closed"
         return self._run(check_feeds(self.path, self.inputs, feeds))

@@ -5,6 +5,7 @@ device.py    the GPU, as its driver describes it
 build.py     ONNX -> engine, on this GPU or ahead of time for others
 kernels.py   what an engine computes in, read from the builder's log or the engine inspector
 store.py     engines on disk: what each was made from and for, and refusing any other
-cuda.py      arrays and streams on the device
-run.py       a stored engine as an engine of ours
+cuda.py      arrays on the device, and the one stream on which everything happens to them
+loaded.py    an engine on the device: buffers, queueing, CUDA graphs
+run.py       a TensorRT engine as the rest of the package sees engines
 """

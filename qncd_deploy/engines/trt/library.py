@@ -100,7 +100,7 @@ API: Mapping[str, Mapping[str, Span]] = {
     "ICudaEngine.create_engine_inspector": _BOTH,
     "EngineInspector.get_engine_information": _BOTH,
     "LayerInformationFormat.JSON": _BOTH,
-    # run.py
+    # loaded.py
     "Runtime.deserialize_cuda_engine": _BOTH,
     "ICudaEngine.num_io_tensors": _BOTH,
     "ICudaEngine.num_optimization_profiles": _BOTH,
@@ -119,8 +119,14 @@ API: Mapping[str, Mapping[str, Span]] = {
     "ICudaEngine.create_runtime_config": _RTX,
     "IRuntimeConfig.create_runtime_cache": _RTX,
     "IRuntimeConfig.set_runtime_cache": _RTX,
+    "IRuntimeConfig.cuda_graph_strategy": _RTX,
+    "IRuntimeCache.deserialize": _RTX,
+    "IRuntimeCache.serialize": _RTX,
+    "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE": _RTX,
     "TensorIOMode.INPUT": _BOTH,
+    "DataType.FLOAT": _BOTH,
     "DataType.HALF": _BOTH,
+    "DataType.INT64": _BOTH,
 }
 """Class.member -> flavour -> the versions in which it is used. Checked against the vendor's own bindings."""
 
