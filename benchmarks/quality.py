@@ -68,14 +68,16 @@ def main() -> None:
         "",
         "| network | PSNR, dB | shift | IS | accuracy | FID | output SNR first, middle, last call, dB | extra calls |",
         "|---|---|---|---|---|---|---|---|",
-        f"| float | | 0 | {float_.inception_score:.3f} | {float_.accuracy:.4f} | {float_.fid:.4f} | | 0 |",
+        f"| float | | 0 | {float_.inception_score.value:.3f} | {float_.accuracy.value:.4f} | "
+        f"{float_.fid.value:.4f} | | 0 |",
     ]
     for row in found.variants:
         snr = row.output_snr_db
         lines.append(
             f"| {row.name} | {row.psnr.value:.2f} ({row.psnr.low:.2f} to {row.psnr.high:.2f}) | {row.shift.value:.6f} "
-            f"({row.shift.low:.6f} to {row.shift.high:.6f}) | {row.inception_score:.3f} | {row.accuracy:.4f} | "
-            f"{row.fid:.4f} | "
+            f"({row.shift.low:.6f} to {row.shift.high:.6f}) | {row.inception_score.value:.3f} | "
+            f"{row.accuracy.value:.4f} | "
+            f"{row.fid.value:.4f} | "
             f"{snr[0]:.1f}, {snr[len(snr) // 2]:.1f}, {snr[-1]:.1f} | {row.extra_calls} |"
         )
     given.out.parent.mkdir(parents=True, exist_ok=True)

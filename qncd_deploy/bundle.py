@@ -61,6 +61,11 @@ class ModelFacts:
     guidance_scale: float
     condition: ConditionFacts | None
 
+    @property
+    def picture_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of a picture; None where there is no decoder and the latents are none."""
+        return self.image_shape or (self.latent_shape if self.latent_shape[0] in (1, 3) else None)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelFacts:
         image_shape, condition = data["image_shape"], data["condition"]

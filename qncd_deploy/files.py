@@ -85,6 +85,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Keep other processes from using a folder, there or not yet, while the block runs.
+
+    Raises: BundleError naming the process that uses it, or if its parent cannot be written.
+    """
+    shown, target = target, Path(os.path.realpath(target))
+    with _os_errors(shown):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(target, shown):
+        yield
+
+
 def canonical_json(data: Any) -> str:
     """JSON text that depends on the values alone: sorted keys, two-space indent, final newline, no NaN, no NumPy."""
     return json.dumps(data, sort_keys=True, indent=2, allow_nan=False, default=_plain) + "\n"

@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_features_are_those_of_the_graph_whatever_the_group_size(backend: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (67, 32, 32, 1)).astype(np.uint8)  # a full group and a rest
     with FeatureNetwork.open(DEMO / "features.onnx", backend, threads=1) as network:
-        features, logits = network(images)
+        features, logits, _ = network(images)
     scaled = (images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
     expected = ReferenceEvaluator(str(DEMO / "features.onnx")).run(None, {"images": scaled[[0, 64, 66]]})
     assert features.shape == (67, 128)
@@ -71,13 +71,13 @@ def test_logits_are_optional_and_features_may_be_maps(tmp_path: Path) -> None:
     onnx.save(parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]> {text}'), tmp_path / "net.onnx")
     images = np.array([[[[0, 255], [51, 102]]]], np.uint8)  # (1, 1, 2, 2): channels last
     with FeatureNetwork.open(tmp_path / "net.onnx", "onnxruntime") as network:
-        features, logits = network(images)
+        features, logits, _ = network(images)
     assert logits is None
     np.testing.assert_allclose(features, [[-1, -0.6, 1, -0.2]], rtol=0, atol=2e-7)  # channels first, [-1, 1]
 
 
 def test_the_reference_is_mean_and_covariance(tmp_path: Path) -> None:
-    moments = load_reference(DEMO / "features-reference.npz")
+    moments = load_reference(DEMO / "features-reference.npz").moments
     assert moments.mean.shape == (128,)
     assert moments.cov.shape == (128, 128)
     for name, arrays in {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from test_sampler import ABAR, SHAPE, TEN, Gaussian, make
 
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.engines.base import BaseEngine
-from qncd_deploy.evaluate.features import FeatureNetwork
-from qncd_deploy.evaluate.judge import Draw, Judge, Lens
+from qncd_deploy.evaluate.batches import Batch, Draw, Job, draw_batch, plan_jobs
+from qncd_deploy.evaluate.features import FeatureNetwork, Lens, Reference
+from qncd_deploy.evaluate.judge import Figures, Judge, Origin
 from qncd_deploy.evaluate.metrics import PSNR_CAP_DB, Moments, frechet_distance, shift
+from qncd_deploy.pictures import Pictures
 from qncd_deploy.sample import PictureNoise
+from qncd_deploy.sampler import Sampler
 from qncd_deploy.specs import TensorSpec
 
 DELTA = 0.05
@@ -45,17 +49,44 @@ class Corner(BaseEngine):
         self.closed += 1
 
 
-def silent(pictures: int) -> None: ...
+@dataclass
+class Held:
+    """A float twin, sampled, that variants are held against."""
 
+    draw: Draw
+    lens: Lens
+    jobs: tuple[Job, ...]
+    batches: list[Batch]
+    judge: Judge
+    ticks: list[int] = field(default_factory=list)
 
-def judge_of(draw: Draw, lens: Lens | None = None, *, traced: int = 100, labels: bool = False) -> Judge:
-    exact = make(TEN if labels else None, batch_size=4)
-    return Judge.of("float", exact, draw, lens or Lens(), traced=traced, tick=silent)
+    @classmethod
+    def of(cls, draw: Draw, lens: Lens | None = None, *, traced: int = 100, labels: bool = False) -> Held:
+        exact, lens = make(TEN if labels else None, batch_size=4), lens or Lens()
+        jobs = plan_jobs(draw, batch_size=4, traced=traced)
+        batches = [draw_batch(exact, draw, job, lens) for job in jobs]
+        return cls(draw, lens, jobs, batches, Judge.of("float", Origin.of(exact), batches, draw, lens.data))
+
+    def figures(self, name: str, sampler: Sampler, *, teacher_forced: bool = True) -> tuple[Figures, Pictures]:
+        batches = [
+            draw_batch(
+                *(sampler, self.draw, replace(job, exact=batch.trace), self.lens),
+                teacher_forced=teacher_forced,
+                tick=self.ticks.append,
+            )
+            for job, batch in zip(self.jobs, self.batches, strict=True)
+        ]
+        figures = self.judge.figures(name, Origin.of(sampler), batches)
+        return figures, Pictures.join([batch.pictures for batch in batches])
+
+    @property
+    def pictures(self) -> Pictures:
+        return Pictures.join([batch.pictures for batch in self.batches])
 
 
 def test_the_same_network_is_told_apart_by_nothing() -> None:
     draw = Draw(9)
-    figures, pictures = judge_of(draw).figures("same", make(None, batch_size=4), tick=silent)
+    figures, pictures = Held.of(draw).figures("same", make(None, batch_size=4))
     assert figures.psnr is not None and figures.ssim is not None
     assert (figures.psnr.value, figures.psnr.low, figures.psnr.high) == (PSNR_CAP_DB,) * 3
     assert figures.ssim.value == pytest.approx(1)
@@ -68,7 +99,7 @@ def test_the_same_network_is_told_apart_by_nothing() -> None:
 
 def test_a_constant_error_has_its_closed_form_call_by_call() -> None:
     draw = Draw(6, seed=2, first=3)
-    figures, _ = judge_of(draw).figures("off", make(None, batch_size=4, engine=Off(labels=False)), tick=silent)
+    figures, _ = Held.of(draw).figures("off", make(None, batch_size=4, engine=Off(labels=False)))
     x = PictureNoise(2, range(3, 9), SHAPE).initial().astype(np.float64)
     error, latent, output = 0.0, [], []
     for t in [1 + 50 * i for i in reversed(range(20))]:
@@ -86,65 +117,69 @@ def test_a_constant_error_has_its_closed_form_call_by_call() -> None:
 
 def test_pictures_are_those_of_the_draw_and_the_same_for_both() -> None:
     draw = Draw(5, seed=7, first=40, labels=(3, 1))
-    judge = judge_of(draw, labels=True)
-    figures, pictures = judge.figures("same", make(TEN, batch_size=4), teacher_forced=False, tick=silent)
+    held = Held.of(draw, labels=True)
+    figures, pictures = held.figures("same", make(TEN, batch_size=4), teacher_forced=False)
     np.testing.assert_array_equal(pictures.indices, range(40, 45))
     np.testing.assert_array_equal(pictures.labels, [3, 1, 3, 1, 3])
-    np.testing.assert_array_equal(pictures.latents, judge.pictures.latents)
+    np.testing.assert_array_equal(pictures.latents, held.pictures.latents)
     assert (figures.seed, figures.first) == (7, 40)
     assert figures.output_snr_db == ()
+    others = [draw_batch(make(TEN, batch_size=4), draw, job, Lens()) for job in plan_jobs(draw, batch_size=3, traced=0)]
     with pytest.raises(AssertionError, match="other batches than the float twin"):
-        judge.figures("same", make(TEN, batch_size=3), tick=silent)
+        held.judge.figures("same", Origin.of(make(TEN)), others)
 
 
 @pytest.mark.parametrize(("traced", "batches"), [(0, 0), (1, 1), (4, 1), (5, 2), (9, 3), (100, 3)])
 def test_whole_batches_are_traced_until_there_are_enough(traced: int, batches: int) -> None:
-    judge = judge_of(Draw(9), traced=traced)
-    assert [len(states) for states in judge.trajectories] == [20] * batches
-    assert sum(len(states[0].x) for states in judge.trajectories) == min(9, 4 * batches)
-    calls: list[int] = []
-    figures, _ = judge.figures("off", make(None, batch_size=4, engine=Off(labels=False)), tick=calls.append)
+    held = Held.of(Draw(9), traced=traced)
+    traces = [batch.trace for batch in held.batches if batch.trace is not None]
+    assert [len(trace.x) for trace in traces] == [20] * batches
+    assert sum(trace.x.shape[1] for trace in traces) == min(9, 4 * batches)
+    figures, _ = held.figures("off", make(None, batch_size=4, engine=Off(labels=False)))
     assert len(figures.latent_snr_db) == len(figures.output_snr_db) == (20 if batches else 0)
-    assert sum(calls) == 20 * (9 + min(9, 4 * batches))
+    assert sum(held.ticks) == 20 * (9 + min(9, 4 * batches))
 
 
 def test_labels_reach_the_network_at_the_float_inputs_too() -> None:
-    judge = judge_of(Draw(9, labels=(2, 8, 5)), labels=True)
-    figures, _ = judge.figures("same", make(TEN, batch_size=4), tick=silent)
+    held = Held.of(Draw(9, labels=(2, 8, 5)), labels=True)
+    figures, _ = held.figures("same", make(TEN, batch_size=4))
     assert figures.output_snr_db == (math.inf,) * 20
 
 
 def test_extra_calls_of_a_correction_are_counted_once_a_trajectory() -> None:
     fixes = tuple(StepFix(refresh=call in (3, 8)) for call in range(20))
-    figures, _ = judge_of(Draw(6)).figures("probed", make(None, batch_size=4, fixes=fixes), tick=silent)
+    figures, _ = Held.of(Draw(6)).figures("probed", make(None, batch_size=4, fixes=fixes))
     assert (figures.calls, figures.extra_calls, figures.correction) == (20, 2, "test")
 
 
 def test_feature_figures_are_of_all_pictures_and_against_the_right_side() -> None:
     data = Moments(np.array([0.1, 0.2, 0.3]), np.eye(3))
+    reference = Reference(Path("reference.npz"), data)
     engine = Corner()
     draw = Draw(12, labels=(4, 0, 9))
-    with Lens(FeatureNetwork(engine), data) as lens:
-        judge = judge_of(draw, lens, labels=True)
-        figures, pictures = judge.figures("off", make(TEN, batch_size=4, engine=Off(labels=True)), tick=silent)
+    with Lens(FeatureNetwork(engine), reference) as lens:
+        held = Held.of(draw, lens, labels=True)
+        figures, pictures = held.figures("off", make(TEN, batch_size=4, engine=Off(labels=True)))
     assert engine.closed == 1
-    assert pictures.images is not None and judge.pictures.images is not None
+    assert pictures.images is not None and held.pictures.images is not None
     found, exact = (
         images.transpose(0, 3, 1, 2).reshape(12, -1)[:, :10] / 127.5 - 1
-        for images in (pictures.images, judge.pictures.images)
+        for images in (pictures.images, held.pictures.images)
     )
-    assert figures.fid == pytest.approx(frechet_distance(Moments.of(found[:, :3]), data), rel=1e-5)
-    assert judge.own.fid == pytest.approx(frechet_distance(Moments.of(exact[:, :3]), data), rel=1e-5)
+    assert figures.fid is not None and held.judge.own.fid is not None
+    assert figures.fid.value == pytest.approx(frechet_distance(Moments.of(found[:, :3]), data), rel=1e-5)
+    assert held.judge.own.fid.value == pytest.approx(frechet_distance(Moments.of(exact[:, :3]), data), rel=1e-5)
     assert figures.shift is not None
     assert figures.shift.value == pytest.approx(shift(found[:, :3], exact[:, :3]), rel=1e-4)
     assert figures.shift.low < figures.shift.value < figures.shift.high
-    assert figures.accuracy == np.mean(found.argmax(axis=1) == pictures.labels)
-    assert figures.inception_score is not None and figures.inception_score > 1
-    assert judge.own.shift is judge.own.psnr is None
+    assert figures.accuracy is not None
+    assert figures.accuracy.value == np.mean(found.argmax(axis=1) == pictures.labels)
+    assert figures.inception_score is not None and figures.inception_score.value > 1
+    assert held.judge.own.shift is held.judge.own.psnr is None
 
 
 def test_a_classifier_of_other_classes_says_nothing_of_these() -> None:
     with Lens(FeatureNetwork(Corner())) as lens:
-        judge = judge_of(Draw(3), lens)  # no classes at all
-    assert judge.own.accuracy is None and judge.own.fid is None
-    assert judge.own.inception_score is not None
+        held = Held.of(Draw(3), lens)  # no classes at all
+    assert held.judge.own.accuracy is None and held.judge.own.fid is None
+    assert held.judge.own.inception_score is not None

@@ -23,7 +23,7 @@ EXPORTING = tuple(f"pipeline/{name}.py" for name in (
 """Parts of the pipeline that only `qncd export` runs."""
 
 ISLANDS = {
-    "torch": ("checkpoint", "models", "quant", "export/trace.py", "engines/torch_"),
+    "torch": ("checkpoint", "models", "quant", "export/trace.py", "engines/torch_", "evaluate/perceptual.py"),
     "diffusers": ("models",),
     "safetensors": ("checkpoint",),
     "yaml": ("models", "pipeline/network.py"),
@@ -34,6 +34,8 @@ ISLANDS = {
     "onnxruntime": ("engines/ort.py",),
     "jinja2": ("evaluate/report.py",),
     "matplotlib": ("evaluate/report.py",),
+    "lpips": ("evaluate/perceptual.py",),
+    "ray": ("evaluate/ray_crew.py",),
     "cupy": ("engines/trt/cuda.py",),
     "tensorrt": ("engines/trt/library.py",),
     "tensorrt_rtx": ("engines/trt/library.py",),

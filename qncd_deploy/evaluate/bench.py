@@ -23,9 +23,12 @@ from rich.table import Table
 
 from qncd_deploy.engines.base import Kernel, backend_status, default_backend, find_backend
 from qncd_deploy.errors import UsageError
-from qncd_deploy.evaluate.compare import REFERENCE, Variant, counter
-from qncd_deploy.evaluate.judge import Draw, Figures, Judge, Lens
+from qncd_deploy.evaluate.batches import Batch, Draw, draw_batches
+from qncd_deploy.evaluate.compare import counter
+from qncd_deploy.evaluate.features import Lens
+from qncd_deploy.evaluate.judge import Figures, Judge, Origin
 from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, resident_bytes
+from qncd_deploy.evaluate.variants import REFERENCE, Variant
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
 
@@ -267,16 +270,17 @@ def _figures(
 ) -> dict[str, Figures]:
     """What each variant but the reference does to the pictures."""
     found = {}
-
-    def silent(pictures: int) -> None: ...
-
     with Lens.open(bundle, entrants[reference].backend, threads=draw.threads) as lens:
-        judge = Judge.of(reference, entrants[reference].sampler, draw, lens, traced=0, tick=silent)
-        tick(1)
+
+        def drawn(sampler: Sampler) -> tuple[Origin, list[Batch]]:
+            batches = list(draw_batches(sampler, draw, lens))
+            tick(1)
+            return Origin.of(sampler), batches
+
+        judge = Judge.of(reference, *drawn(entrants[reference].sampler), draw, lens.data)
         for name, entrant in entrants.items():
             if name != reference:
-                found[name], _ = judge.figures(name, entrant.sampler, tick=silent)
-                tick(1)
+                found[name] = judge.figures(name, *drawn(entrant.sampler))
     return found
 
 

@@ -1,10 +1,17 @@
 """The feature network that lies beside a checkpoint: pictures in, features and class logits out, on any engine.
 
-images   float32 (n, C, H, W) in [-1, 1]  ->  features (n, d), logits (n, classes), the latter optional
+images   float32 (n, C, H, W) in [-1, 1]  ->  features (n, d), logits (n, classes), spatial (n, ...); the last two
+         optional
+
+features and spatial are flattened. What `spatial` holds is up to whoever made the network; the distance of such
+features is called sFID, for which Nash et al. (arXiv:2103.03841) take the first 7 channels of an inner layer of
+Inception's, unpooled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +23,8 @@ from qncd_deploy.engines.eps_model import fixed_rows, in_groups
 from qncd_deploy.errors import BundleError
 from qncd_deploy.evaluate.metrics import Moments
 from qncd_deploy.files import load_npz
+from qncd_deploy.pictures import Pictures
+from qncd_deploy.runtime import Bundle
 
 if TYPE_CHECKING:
     from typing import Self
@@ -24,10 +33,12 @@ _ROWS = 64
 
 
 class Description(NamedTuple):
-    """What the network says of pictures: features (N, d) float32; logits (N, classes) float32 or None."""
+    """What the network says of pictures: features (N, d) float32; logits (N, classes) and spatial (N, s) float32, each
+    None where the network has no such output."""
 
     features: np.ndarray
-    logits: np.ndarray | None
+    logits: np.ndarray | None = None
+    spatial: np.ndarray | None = None
 
 
 class FeatureNetwork:
@@ -43,7 +54,7 @@ class FeatureNetwork:
                 f"{', '.join(outputs)}; one picture input (n, C, H, W) and an output `features` are expected."
             )
         self._input = inputs[0]
-        self._outputs = [name for name in ("features", "logits") if name in outputs]
+        self._outputs = [name for name in Description._fields if name in outputs]
 
     @classmethod
     def open(cls, path: Path, backend: str, *, threads: int | None = None) -> FeatureNetwork:
@@ -56,14 +67,9 @@ class FeatureNetwork:
             raise
 
     def __call__(self, images: np.ndarray) -> Description:
-        """images (N, H, W, C) uint8. Raises BundleError for pictures of another size than the network takes."""
-        size = (images.shape[3], *images.shape[1:3])
-        if any(isinstance(want, int) and want != has for want, has in zip(self._input.shape[1:], size, strict=True)):
-            wanted = "x".join(map(str, self._input.shape[1:]))
-            raise BundleError(
-                f"{self._engine.path}: takes pictures of {wanted}, these are {'x'.join(map(str, size))} (channels x "
-                "height x width). Use the feature network of this data set."
-            )
+        """images (N, H, W, C) uint8. Raises BundleError for pictures of another size than the network takes, and where
+        what it returns is not finite."""
+        self.check((images.shape[3], *images.shape[1:3]))
         widths: list[int] = []
 
         def run(group: np.ndarray) -> np.ndarray:
@@ -74,8 +80,21 @@ class FeatureNetwork:
             return np.concatenate(parts, axis=1)
 
         joined = in_groups(run, [images], rows=fixed_rows(self._input) or min(_ROWS, len(images)))
-        features, logits = np.split(joined, [widths[0]], axis=1)
-        return Description(features, logits if "logits" in self._outputs else None)
+        if not np.isfinite(joined).all():
+            raise BundleError(
+                f"{self._engine.path}: returns features that are not finite. Use another feature network."
+            )
+        parts = np.split(joined, np.cumsum(widths)[:-1], axis=1)
+        return Description(**dict(zip(self._outputs, parts, strict=True)))
+
+    def check(self, size: Sequence[int]) -> None:
+        """Raises BundleError if the network does not take pictures of this size, (C, H, W)."""
+        if any(isinstance(want, int) and want != has for want, has in zip(self._input.shape[1:], size, strict=True)):
+            wanted = "x".join(map(str, self._input.shape[1:]))
+            raise BundleError(
+                f"{self._engine.path}: takes pictures of {wanted}, these are {'x'.join(map(str, size))} (channels x "
+                "height x width). Use the feature network of this data set."
+            )
 
     def close(self) -> None:
         """Close the engine. Closing twice is allowed."""
@@ -90,13 +109,110 @@ class FeatureNetwork:
         self.close()
 
 
-def load_reference(path: Path) -> Moments:
-    """Mean and covariance of the features of real pictures, from an npz with `mean` (d,) and `cov` (d, d).
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What is known of real pictures, in terms of one feature network.
+
+    path: for messages;  moments, spatial: of `features` and of `spatial`, the latter None if not known;  features:
+    (n, d) of some real pictures, for precision and recall, None if there are none.
+    """
+
+    path: Path
+    moments: Moments
+    spatial: Moments | None = None
+    features: np.ndarray | None = None
+
+    def check(self, description: Description) -> None:
+        """Raises BundleError if it was made with another network than this description."""
+        for name, known, found in (
+            ("features", self.moments, description.features),
+            ("spatial", self.spatial, description.spatial),
+        ):
+            if known is not None and found is not None and len(known.mean) != found.shape[1]:
+                raise BundleError(
+                    f"{self.path}: made with a network of {len(known.mean)} {name}, this one has {found.shape[1]}. "
+                    "Name the reference of this feature network."
+                )
+
+
+def load_reference(path: Path) -> Reference:
+    """What an npz holds of real pictures: `mean` (d,) and `cov` (d, d) of their features, or `features` (n, d), from
+    which both follow; optionally `spatial_mean` (s,) and `spatial_cov` (s, s).
 
     Raises: BundleError if the file is damaged, or the arrays are missing or do not fit each other.
     """
     arrays = load_npz(path)
-    mean, cov = arrays.get("mean"), arrays.get("cov")
-    if mean is None or cov is None or mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.isfinite(cov).all():
+    features = arrays.get("features")
+    if features is not None and (features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all()):
+        raise BundleError(f"{path}: not a feature reference: expected `features` (n, d), two rows or more, finite.")
+    moments = _moments(path, arrays, "")
+    if moments is None and features is not None:
+        moments = Moments.of(features)
+    if moments is None or (features is not None and features.shape[1] != len(moments.mean)):
         raise BundleError(f"{path}: not a feature reference: expected `mean` (d,) and `cov` (d, d), finite.")
+    return Reference(path, moments, _moments(path, arrays, "spatial_"), features)
+
+
+def _moments(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> Moments | None:
+    mean, cov = arrays.get(f"{prefix}mean"), arrays.get(f"{prefix}cov")
+    if mean is None and cov is None:
+        return None
+    if mean is None or cov is None or mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.isfinite(cov).all():
+        raise BundleError(
+            f"{path}: not a feature reference: expected `{prefix}mean` (d,) and `{prefix}cov` (d, d), finite."
+        )
     return Moments(mean.astype(np.float64), cov.astype(np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """How pictures are looked at: a feature network and what it makes of real pictures, either None; a context manager
+    that closes the network.
+    """
+
+    network: FeatureNetwork | None = None
+    data: Reference | None = None
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        backend: str,
+        *,
+        features: Path | None = None,
+        reference: Path | None = None,
+        threads: int | None = None,
+    ) -> Lens:
+        """What the bundle brings, or the files named; the bundle's reference belongs to its own network alone.
+
+        Raises: BundleError for files of another form, a network of other pictures or a reference of another network;
+        EngineError as open_engine does.
+        """
+        roles = bundle.manifest.roles
+        if reference is None and features is None and "features-reference" in roles:
+            reference = bundle.file("features-reference")
+        if features is None and "features" in roles:
+            features = bundle.file("features")
+        data = None if reference is None else load_reference(reference)
+        if features is None:
+            return cls(None, data)
+        network = FeatureNetwork.open(features, backend, threads=threads)
+        try:
+            if (size := bundle.manifest.model.picture_shape) is not None:
+                network.check(size)
+                if data is not None:
+                    data.check(network(np.zeros((1, *size[1:], size[0]), np.uint8)))
+        except BaseException:
+            network.close()
+            raise
+        return cls(network, data)
+
+    def describe(self, pictures: Pictures) -> Description | None:
+        return None if self.network is None or pictures.images is None else self.network(pictures.images)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.network is not None:
+            self.network.close()

@@ -1,65 +1,41 @@
-"""Figures of sampled pictures, held against the float twin's pictures of the same seeds and labels.
+"""Figures of sampled pictures, held against the float twin's pictures of the same seeds and labels, and against data.
 
-latent SNR of a call   sum x^2 / sum (x_v - x)^2 after the call, both networks running freely, corrections included
-output SNR of a call   sum e^2 / sum (q - e)^2 at the float trajectory's inputs: the network alone, uncorrected
+Batches are gone through one by one, the float twin's beside the variant's: what stays is a few numbers a picture and
+its features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from qncd_deploy.correct.fitting import State
-from qncd_deploy.evaluate.features import Description, FeatureNetwork, load_reference
+from qncd_deploy.evaluate.batches import Batch, Draw
+from qncd_deploy.evaluate.features import Description, Reference
+from qncd_deploy.evaluate.manifold import Manifold
 from qncd_deploy.evaluate.metrics import (
     Estimate,
     Moments,
-    accuracy,
     bootstrap,
     decibels,
+    feature_errors,
     frechet_distance,
+    frechet_work,
+    hits,
     inception_score,
-    power,
     psnr,
+    resamples_for,
     shift,
     ssim,
 )
-from qncd_deploy.pictures import Pictures
-from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
 
-if TYPE_CHECKING:
-    from typing import Self
-
-Tick = Callable[[int], None]
-"""Told after every network call for how many pictures it was."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which pictures are drawn, and how; None is the bundle's own choice.
-
-    Pictures first .. first + count - 1 of `seed`;  labels: see Sampler.sample.
-    """
-
-    count: int
-    seed: int = 0
-    first: int = 0
-    labels: tuple[int, ...] | None = None
-    batch_size: int | None = None
-    scheduler: str | None = None
-    n_steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
-    threads: int | None = None
-
-    @property
-    def indices(self) -> range:
-        return range(self.first, self.first + self.count)
+PairMeasure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Two sets of pictures, (N, H, W, C) uint8, to one number a pair, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +43,13 @@ class Figures:
     """What was measured of one variant; None where there is no picture, feature network or class to measure it by.
 
     engine: such as "openvino-f32";  correction: the method in use;  calls, extra_calls: network calls of a trajectory,
-    the latter for QNCD's probes;  psnr, ssim, shift: to the float twin, None for the twin itself;  fid: to the data, of
-    these n pictures;  latent_snr_db, output_snr_db: one a call, infinite where nothing differs, () if not measured.
+    the latter for QNCD's probes.
+
+    To the float twin, None for the twin itself: psnr, ssim, lpips, shift, feature_rms; precision, recall: of its
+    pictures;  latent_mean_error, latent_std_ratio: of the final latents, a number a channel, the former in standard
+    deviations of the twin's;  latent_snr_db, output_snr_db: one a call, infinite where nothing differs, () if not
+    measured.
+    To the data, None without a reference: fid, sfid, data_precision, data_recall.
     """
 
     name: str
@@ -81,10 +62,19 @@ class Figures:
     extra_calls: int
     psnr: Estimate | None = None
     ssim: Estimate | None = None
+    lpips: Estimate | None = None
     shift: Estimate | None = None
-    fid: float | None = None
-    inception_score: float | None = None
-    accuracy: float | None = None
+    feature_rms: Estimate | None = None
+    precision: Estimate | None = None
+    recall: Estimate | None = None
+    fid: Estimate | None = None
+    sfid: Estimate | None = None
+    data_precision: Estimate | None = None
+    data_recall: Estimate | None = None
+    inception_score: Estimate | None = None
+    accuracy: Estimate | None = None
+    latent_mean_error: tuple[float, ...] = ()
+    latent_std_ratio: tuple[float, ...] = ()
     latent_snr_db: tuple[float, ...] = ()
     output_snr_db: tuple[float, ...] = ()
 
@@ -96,182 +86,216 @@ class Figures:
         return data
 
 
-@dataclass(frozen=True, eq=False)
-class Lens:
-    """The feature network and the moments of real pictures, either None; a context manager that closes the network."""
+@dataclass(frozen=True)
+class Origin:
+    """Where batches come from. classes: what a picture can be of, None where the network has none."""
 
-    network: FeatureNetwork | None = None
-    data: Moments | None = None
+    engine: str
+    correction: str
+    calls: int
+    classes: tuple[int, ...] | None
 
     @classmethod
-    def open(cls, bundle: Bundle, backend: str, *, threads: int | None = None) -> Lens:
-        """What the bundle brings. Raises BundleError for files of another form."""
-        roles = bundle.manifest.roles
-        data = load_reference(bundle.file("features-reference")) if "features-reference" in roles else None
-        if "features" not in roles:
-            return cls(None, data)
-        return cls(FeatureNetwork.open(bundle.file("features"), backend, threads=threads), data)
-
-    def describe(self, pictures: Pictures) -> Description | None:
-        return None if self.network is None or pictures.images is None else self.network(pictures.images)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.network is not None:
-            self.network.close()
+    def of(cls, sampler: Sampler) -> Origin:
+        condition = sampler.network.facts.condition
+        return cls(
+            engine=sampler.table.key.backend,
+            correction=sampler.table.method,
+            calls=len(sampler.steps),
+            classes=None if condition is None else condition.valid,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """The float twin's pictures and what is needed to hold others against them.
+    """The float twin's batches and what is known of data.
 
-    trajectories: its states, one list per traced batch;  own: the twin's own figures.
+    own: the twin's own figures;  perceptual: LPIPS, if it is to be measured.
     """
 
     draw: Draw
-    lens: Lens
-    pictures: Pictures
-    description: Description | None
-    trajectories: Sequence[Sequence[State]]
+    data: Reference | None
+    batches: Sequence[Batch]
     own: Figures
+    perceptual: PairMeasure | None
+    _kept: _Kept
+    _known: Manifold | None
 
     @classmethod
-    def of(cls, name: str, exact: Sampler, draw: Draw, lens: Lens, *, traced: int, tick: Tick) -> Judge:
-        """Sample the float twin. traced: how many pictures' trajectories to keep, rounded up to whole batches."""
-        batches: list[list[State]] = []
-        seen = 0
+    def of(
+        cls,
+        name: str,
+        origin: Origin,
+        batches: Sequence[Batch],
+        draw: Draw,
+        data: Reference | None = None,
+        *,
+        perceptual: PairMeasure | None = None,
+    ) -> Judge:
+        """batches: of the float twin, all of the draw in order."""
+        kept = _Kept.of(batches)
+        known = None if data is None or data.features is None else Manifold.of(data.features)
+        return cls(
+            draw=draw,
+            data=data,
+            batches=batches,
+            own=_unpaired(name, origin, draw, kept, data, known),
+            perceptual=perceptual,
+            _kept=kept,
+            _known=known,
+        )
 
-        def keep(state: State) -> None:
-            nonlocal seen
-            if state.call == 0:
-                if seen < traced:
-                    batches.append([])
-                seen += len(state.x)
-            if seen - len(state.x) < traced:  # this batch began before there were enough
-                batches[-1].append(state)
-
-        pictures, extra = _sample(exact, draw, keep if traced else None, tick)
-        description = lens.describe(pictures)
-        own = _unpaired(name, exact, draw, lens, pictures, description, extra)
-        return cls(draw, lens, pictures, description, batches, own)
-
-    def figures(
-        self, name: str, sampler: Sampler, *, teacher_forced: bool = True, tick: Tick
-    ) -> tuple[Figures, Pictures]:
-        """Sample a variant and measure it.
-
-        sampler: of the float twin's batch size;  teacher_forced: the output SNR too, at the price of running the traced
-        batches once more.
-        """
-        free = _Powers(len(sampler.steps))
-        batch = -1
-
-        def hold_against(state: State) -> None:
-            nonlocal batch
-            batch += state.call == 0
-            if batch < len(self.trajectories):
-                free.add(state.call, self.trajectories[batch][state.call].x, state.x)
-
-        pictures, extra = _sample(sampler, self.draw, hold_against if self.trajectories else None, tick)
-        description = self.lens.describe(pictures)
-        figures = _unpaired(name, sampler, self.draw, self.lens, pictures, description, extra)
+    def figures(self, name: str, origin: Origin, batches: Iterable[Batch]) -> Figures:
+        """Measure a variant by its batches, of the same pictures in the same order."""
+        pairs = _Pairs()
+        measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": self.perceptual} if self.perceptual else {})
+        kept = _Kept.of(pairs.watched(batches, self.batches, measures))
+        exact = self._kept
+        figures = _unpaired(name, origin, self.draw, kept, self.data, self._known)
         return replace(
             figures,
-            psnr=self._mean(psnr, pictures),
-            ssim=self._mean(ssim, pictures),
-            shift=self._shift(description),
-            latent_snr_db=free.snr_db if self.trajectories else (),
-            output_snr_db=self._forced(sampler, tick) if teacher_forced and self.trajectories else (),
-        ), pictures
+            **pairs.means(self.draw),
+            **self._of_features(kept),
+            latent_mean_error=tuple(((kept.latent_mean - exact.latent_mean) / exact.latent_std).tolist()),
+            latent_std_ratio=tuple((kept.latent_std / exact.latent_std).tolist()),
+            latent_snr_db=_snr_db(pairs.free),
+            output_snr_db=_snr_db(pairs.forced),
+        )
 
-    def _mean(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray], pictures: Pictures) -> Estimate | None:
-        if pictures.images is None or self.pictures.images is None:
-            return None
-        values = measure(pictures.images, self.pictures.images)
-        return bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=self.draw.seed)
-
-    def _shift(self, description: Description | None) -> Estimate | None:
-        if description is None or self.description is None or self.draw.count < 2:
-            return None
-        found, exact = description.features, self.description.features
-        return bootstrap(lambda rows: shift(found[rows], exact[rows]), len(found), seed=self.draw.seed)
-
-    def _forced(self, sampler: Sampler, tick: Tick) -> tuple[float, ...]:
-        """SNR of the network's raw output at the inputs of the float twin's trajectories, call by call."""
-        powers = _Powers(len(sampler.steps))
-        start, size = 0, min(sampler.batch_size, self.draw.count)
-        for states in self.trajectories:
-            indices = self.draw.indices[start : start + len(states[0].x)]
-            start += len(indices)
-            model = sampler.model_for(indices, labels=self.draw.labels, batch_size=size)
-            for state in states:
-                powers.add(state.call, state.raw, model(state.x_in, state.step.t))
-                tick(len(indices))
-        return powers.snr_db
+    def _of_features(self, kept: _Kept) -> dict[str, Any]:
+        found, exact, seed = kept.features, self._kept.features, self.draw.seed
+        if found is None or exact is None or len(found) < 2:
+            return {}
+        n, d = found.shape
+        errors = feature_errors(found, exact)
+        measured: dict[str, Any] = {
+            "shift": bootstrap(
+                lambda rows: shift(found[rows], exact[rows]), n, seed=seed, resamples=resamples_for(frechet_work(n, d))
+            ),
+            "feature_rms": bootstrap(lambda rows: math.sqrt(errors[rows].mean()), n, seed=seed),
+        }
+        if kept.manifold is not None and self._kept.manifold is not None:
+            measured["precision"] = _mean(self._kept.manifold.covers(found), self.draw)
+            measured["recall"] = _mean(kept.manifold.covers(exact), self.draw)
+        return measured
 
 
-class _Powers:
-    """Power of exact arrays and of what differs from them, summed call by call."""
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What stays of the batches: see Description; mean and standard deviation of the latents' channels, (C,)."""
 
-    def __init__(self, calls: int) -> None:
-        self._signal, self._noise = [0.0] * calls, [0.0] * calls
+    labels: np.ndarray
+    features: np.ndarray | None
+    logits: np.ndarray | None
+    spatial: np.ndarray | None
+    latent_mean: np.ndarray
+    latent_std: np.ndarray
+    extra_calls: int
 
-    def add(self, call: int, exact: np.ndarray, found: np.ndarray) -> None:
-        assert exact.shape == found.shape, "the variant samples other batches than the float twin"
-        self._signal[call] += power(exact)
-        self._noise[call] += power(found - exact)
+    @cached_property
+    def manifold(self) -> Manifold | None:
+        return None if self.features is None else Manifold.of(self.features)
 
-    @property
-    def snr_db(self) -> tuple[float, ...]:
-        return tuple(map(decibels, self._signal, self._noise))
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> _Kept:
+        labels: list[np.ndarray] = []
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in Description._fields}
+        count, extra_calls = 0, 0
+        total = squares = np.zeros(())
+        for batch in batches:
+            labels.append(batch.pictures.labels)
+            for name, held in parts.items():
+                if (part := getattr(batch.description, name, None)) is not None:
+                    held.append(part)
+            latents = batch.pictures.latents.astype(np.float64)
+            count += latents[:, 0].size
+            total = total + latents.sum(axis=(0, 2, 3))
+            squares = squares + np.square(latents).sum(axis=(0, 2, 3))
+            extra_calls = max(extra_calls, batch.extra_calls)
+        mean = total / count
+        described = {name: np.concatenate(held) if held else None for name, held in parts.items()}
+        # E x^2 - m^2 in float64 keeps ten digits, since latents have a mean no larger than their spread
+        spread = np.sqrt(np.maximum(squares / count - mean**2, np.finfo(np.float64).tiny))
+        return cls(np.concatenate(labels), **described, latent_mean=mean, latent_std=spread, extra_calls=extra_calls)
 
 
-def _sample(sampler: Sampler, draw: Draw, watch: Callable[[State], None] | None, tick: Tick) -> tuple[Pictures, int]:
-    """The pictures, and the network calls beyond one per row that each trajectory took."""
-    extra = 0
+class _Pairs:
+    """What is measured of a variant's batch and the float twin's beside it.
 
-    def on_state(state: State) -> None:
-        nonlocal extra
-        extra = max(extra, state.extra_calls)
-        if watch is not None:
-            watch(state)
-        tick(len(state.x))
+    values: by measure, (N,) a batch;  free, forced: (2, calls), summed over the batches, None if none was traced.
+    """
 
-    return sampler.sample(draw.indices, labels=draw.labels, seed=draw.seed, on_state=on_state), extra
+    def __init__(self) -> None:
+        self.values: dict[str, list[np.ndarray]] = {}
+        self.free: np.ndarray | None = None
+        self.forced: np.ndarray | None = None
+
+    def watched(
+        self, batches: Iterable[Batch], exact: Iterable[Batch], measures: dict[str, PairMeasure]
+    ) -> Iterable[Batch]:
+        """The batches themselves, measured on the way."""
+        for found, twin in zip(batches, exact, strict=True):
+            same = np.array_equal(found.pictures.indices, twin.pictures.indices)
+            assert same, "the variant samples other batches than the float twin"
+            if found.pictures.images is not None and twin.pictures.images is not None:
+                for name, measure in measures.items():
+                    self.values.setdefault(name, []).append(measure(found.pictures.images, twin.pictures.images))
+            self.free = _added(self.free, found.free)
+            self.forced = _added(self.forced, found.forced)
+            yield found
+
+    def means(self, draw: Draw) -> dict[str, Any]:
+        return {name: _mean(np.concatenate(values), draw) for name, values in self.values.items()}
+
+
+def _added(total: np.ndarray | None, more: np.ndarray | None) -> np.ndarray | None:
+    return total if more is None else more if total is None else total + more
+
+
+def _snr_db(powers: np.ndarray | None) -> tuple[float, ...]:
+    return () if powers is None else tuple(map(decibels, *powers.tolist()))
 
 
 def _unpaired(
-    name: str,
-    sampler: Sampler,
-    draw: Draw,
-    lens: Lens,
-    pictures: Pictures,
-    description: Description | None,
-    extra_calls: int,
+    name: str, origin: Origin, draw: Draw, kept: _Kept, data: Reference | None, known: Manifold | None
 ) -> Figures:
-    """The figures that need no float twin."""
-    fid = score = hits = None
-    if description is not None:
-        features, logits = description
-        if lens.data is not None and len(features) > 1:
-            fid = frechet_distance(Moments.of(features), lens.data)
-        if logits is not None:
-            score = inception_score(logits)
-            condition = sampler.network.facts.condition
-            if condition is not None and condition.valid == tuple(range(logits.shape[1])):  # else: other classes
-                hits = accuracy(logits, pictures.labels)
-    return Figures(
+    """The figures that need no float twin. known: what real pictures cover."""
+    figures = Figures(
         name=name,
-        engine=sampler.table.key.backend,
-        correction=sampler.table.method,
+        engine=origin.engine,
+        correction=origin.correction,
         n=draw.count,
         seed=draw.seed,
         first=draw.first,
-        calls=len(sampler.steps),
-        extra_calls=extra_calls,
-        fid=fid,
-        inception_score=score,
-        accuracy=hits,
+        calls=origin.calls,
+        extra_calls=kept.extra_calls,
+    )
+    features, logits, n = kept.features, kept.logits, draw.count
+    measured: dict[str, Any] = {}
+    if features is not None and data is not None and n > 1:
+        measured["fid"] = _distance(features, data.moments, draw)
+        if kept.spatial is not None and data.spatial is not None:
+            measured["sfid"] = _distance(kept.spatial, data.spatial, draw)
+        if known is not None and kept.manifold is not None:
+            measured["data_precision"] = _mean(known.covers(features), draw)
+            measured["data_recall"] = _mean(kept.manifold.covers(known.points), draw)
+    if logits is not None:
+        measured["inception_score"] = bootstrap(
+            lambda rows: inception_score(logits[rows]), n, seed=draw.seed, resamples=resamples_for(100 * logits.size)
+        )
+        if origin.classes == tuple(range(logits.shape[1])):  # else: other classes
+            measured["accuracy"] = _mean(hits(logits, kept.labels), draw)
+    return replace(figures, **measured)
+
+
+def _mean(values: np.ndarray, draw: Draw) -> Estimate:
+    """The mean of a number a picture, or a share of pictures."""
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=draw.seed)
+
+
+def _distance(features: np.ndarray, data: Moments, draw: Draw) -> Estimate:
+    n, d = features.shape
+    resamples = resamples_for(frechet_work(n, d))
+    return bootstrap(
+        lambda rows: frechet_distance(Moments.of(features[rows]), data), n, seed=draw.seed, resamples=resamples
     )

@@ -4,6 +4,7 @@
     SSIM   Wang et al., IEEE TIP 13(4), 2004: 11x11 Gaussian window of sigma 1.5
     shift  |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between features of paired pictures (Heusel et al.,
            arXiv:1706.08500, give this distance of two Gaussians; FID is the same against real data)
+    feature RMS   (sum |f - g|^2 / sum |g - mean g|^2)^(1/2), g the features of the float twin's picture (ours)
     IS     exp E KL(p(y|x) | p(y)) (Salimans et al., arXiv:1606.03498)
 
 tr (C1 C2)^(1/2) needs no square root of a product: with C = F^T F it is the sum of the singular values of F1 F2^T.
@@ -23,6 +24,7 @@ PSNR_CAP_DB = 100.0
 """PSNR of identical pictures, so that means stay finite. One level in one byte of a megapixel is 108 dB: capped too."""
 
 _WINDOW, _SIGMA = 11, 1.5
+_PATIENCE = 1e11  # multiplications
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -57,6 +59,12 @@ def snr_db(exact: np.ndarray, found: np.ndarray) -> float:
 def power(x: np.ndarray) -> float:
     """Sum of squares in float64."""
     return float(np.square(x, dtype=np.float64).sum())
+
+
+def row_power(x: np.ndarray) -> np.ndarray:
+    """Sum of squares of each row, (rows,) float64."""
+    found: np.ndarray = np.square(x, dtype=np.float64).reshape(len(x), -1).sum(axis=1)
+    return found
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -103,6 +111,19 @@ def shift(features: np.ndarray, reference: np.ndarray) -> float:
     return _frechet(mean, root, reference_mean, reference_root)
 
 
+def feature_errors(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Squared distance of the features (N, d) of each picture to those of the float twin's, in units of the mean
+    squared distance of the latter to their mean: (N,) float64, 0 for the same pictures, about 2 for unrelated ones.
+
+    The feature RMS is the square root of its mean.
+    """
+    assert features.shape == reference.shape and len(features) > 1, "features do not pair up"
+    exact = reference.astype(np.float64)
+    spread = power(exact - exact.mean(axis=0)) / len(exact)
+    found: np.ndarray = row_power(features - exact) / max(spread, np.finfo(np.float64).tiny)
+    return found
+
+
 def inception_score(logits: np.ndarray) -> float:
     """exp of the mean divergence of a picture's class distribution from the average one, over all pictures at once.
 
@@ -116,9 +137,13 @@ def inception_score(logits: np.ndarray) -> float:
     return float(np.exp(divergence.mean()))
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of pictures that the classifier sees as the class they were asked to be. logits (N, K), labels (N,)."""
-    return float(np.mean(logits.argmax(axis=1) == labels))
+def hits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the classifier sees each picture as the class it was asked to be, (N,) bool; their share is the accuracy.
+
+    logits (N, K), labels (N,).
+    """
+    found: np.ndarray = logits.argmax(axis=1) == labels
+    return found
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,18 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def frechet_work(n: int, width: int) -> float:
+    """Multiplications that a Frechet distance of n features takes, about: a covariance and two decompositions."""
+    return n * width**2 + 20 * min(n, width) * width**2
+
+
+def resamples_for(work: float) -> int:
+    """How often to resample a statistic that takes this many multiplications: as often as some ten seconds allow, but
+    20 to 200 times. 20 show little more than their own extremes, so the interval is then rough.
+    """
+    return int(np.clip(_PATIENCE / work, 20, 200))
 
 
 def bootstrap(

@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.engines.eps_model import EngineModel
+from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.pipeline.calibrate import PICTURES, rows_per_run
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
-from qncd_deploy.pipeline.output_error import row_power, running
+from qncd_deploy.pipeline.output_error import running
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.sample import guided, rollout
 from qncd_deploy.specs import EpsModel

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import BaseEngine, default_backend, find_backend, open_engine
+from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.pipeline.calibrate import in_batches
@@ -75,8 +76,3 @@ def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:
     """Up to `count` rows, evenly over the set; odd: of every second row, which smoothing was not fitted on."""
     rows = np.unique(np.linspace(0, len(calib) - 1, min(count, len(calib))).astype(int))
     return calib.take(np.unique(np.minimum(rows | 1, len(calib) - 1)) if odd else rows)
-
-
-def row_power(x: np.ndarray) -> np.ndarray:
-    """Sum of squares of each row, (rows,) float64."""
-    return np.square(x, dtype=np.float64).reshape(len(x), -1).sum(axis=1)

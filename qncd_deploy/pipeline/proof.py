@@ -10,6 +10,7 @@ from qncd_deploy.engines.base import default_backend
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
 from qncd_deploy.evaluate.judge import Draw, Figures
 from qncd_deploy.evaluate.measure import graph_bytes
+from qncd_deploy.evaluate.metrics import Estimate
 from qncd_deploy.pipeline.fit import Fitted
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
@@ -61,8 +62,8 @@ def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
     return Proof(compare(bundle, variants, draw, on_progress=tick))
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+def _rounded(found: Estimate | None) -> float | None:
+    return None if found is None else round(found.value, 4)
 
 
 def write_page(bundle: Bundle, fitted: Mapping[str, Fitted], proof: Proof | None, *, command: str) -> bool:

@@ -1,0 +1,123 @@
+"""Batches spread over processes, on this machine or a cluster, with Ray: each worker opens its own engines.
+
+The bundle must lie at the same path on every machine; what is drawn travels back to the process that asked for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: it would report home
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from qncd_deploy.bundle import check_files
+from qncd_deploy.errors import EngineError, QncdError, first_line
+from qncd_deploy.evaluate.batches import Batch, Job, Tick, draw_batch
+from qncd_deploy.evaluate.crew import Task
+from qncd_deploy.evaluate.features import Lens
+from qncd_deploy.evaluate.variants import Variant
+from qncd_deploy.sampler import Sampler
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class RayCrew:
+    """As many workers as there are CPUs for, `threads` each; a context manager that lets them go.
+
+    address: of a running cluster, such as "10.0.0.1:6379"; None for the one that RAY_ADDRESS names, else this machine.
+    """
+
+    def __init__(self, *, address: str | None = None, threads: int = 1) -> None:
+        """Raises EngineError if no cluster answers."""
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as exc:
+            raise EngineError(
+                f"ray: {first_line(exc)}. Start a cluster with `ray start --head`, or leave --ray-address out."
+            ) from exc
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        self._threads = min(threads, cpus)
+        self._size = cpus // self._threads
+        self._workers: list[Any] = []
+        self._task: Task | None = None
+
+    def draw(
+        self, task: Task, variant: Variant, jobs: Iterable[Job], *, sampler: Sampler, lens: Lens, tick: Tick
+    ) -> Iterator[tuple[Job, Batch]]:
+        """Raises: QncdError as draw_batch does, EngineError if a worker dies."""
+        del lens  # the workers' own
+        idle, waiting, running = list(self._hired(task)), iter(jobs), {}
+        while True:
+            while idle and (job := next(waiting, None)) is not None:
+                worker = idle.pop()
+                running[worker.draw.remote(variant, job)] = worker, job
+            if not running:
+                return
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            worker, job = running.pop(done)
+            idle.append(worker)
+            batch = _result(done)
+            tick(len(sampler.steps) * len(job.indices) * (1 if batch.forced is None else 2))
+            yield job, batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ray.shutdown()
+
+    def _hired(self, task: Task) -> list[Any]:
+        if self._task is not task:
+            for worker in self._workers:
+                ray.kill(worker)
+            hire = ray.remote(_Worker).options(num_cpus=self._threads)
+            own = replace(task, draw=replace(task.draw, threads=self._threads))
+            self._workers = [hire.remote(own) for _ in range(self._size)]
+            self._task = task
+        return self._workers
+
+
+class _Worker:
+    """One process: the feature network, and the sampler of the last variant that was asked for."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._lens: Lens | None = None
+        self._open: tuple[Variant, Sampler] | None = None
+
+    def draw(self, variant: Variant, job: Job) -> Batch:
+        """Opening is left to the first call: an error there reaches the caller as it is."""
+        task = self._task
+        if self._lens is None:
+            check_files(task.bundle.path, task.bundle.manifest)  # another machine may hold another one
+            self._lens = Lens.open(task.bundle, task.backend, features=task.features, threads=task.draw.threads)
+        if self._open is None or self._open[0] != variant:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = variant, variant.open(task.bundle, task.draw)
+        return draw_batch(self._open[1], task.draw, job, self._lens, teacher_forced=task.teacher_forced)
+
+
+def _result(reference: Any) -> Batch:
+    try:
+        batch: Batch = ray.get(reference)
+    except RayTaskError as exc:
+        if isinstance(exc.cause, QncdError):
+            raise exc.cause from None
+        raise
+    except RayActorError as exc:
+        raise EngineError(
+            f"ray: a worker died ({first_line(exc)}). What was drawn is kept: run again, with more "
+            "--threads (so fewer workers) or a smaller --batch-size if memory ran out."
+        ) from exc
+    return batch
