@@ -84,6 +84,14 @@ class RecordedStudy:
         save_npz(_file(self.exact_folder, call), {"x": x})
 
     @property
+    def schedule(self) -> Schedule:
+        return self.setting.schedule
+
+    @property
+    def config(self) -> SamplerConfig:
+        return self.setting.config
+
+    @property
     def steps(self) -> Sequence[Step]:
         return self.setting.steps
 

@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from qncd_deploy.correct.record import StepFix
-from qncd_deploy.schedule import Prediction
+from qncd_deploy.schedule import Prediction, Schedule
 from qncd_deploy.specs import Array, EpsModel
-from qncd_deploy.steps import Memory, Step
+from qncd_deploy.steps import Memory, SamplerConfig, Step
 
 ModelFor = Callable[[Sequence[int]], EpsModel]
 """The network for a batch of pictures, named by index: labels and guidance are inside what it returns."""
@@ -98,11 +98,14 @@ class Run(Protocol):
 class Study(Protocol):
     """Everything measured for one way to sample; fit functions read it and return one row per network call.
 
-    steps           the sampler's untouched rows
-    pictures        how many pictures
-    exact_network   the float network for these pictures
+    schedule, config    what the steps are made from
+    steps               the sampler's untouched rows
+    pictures            how many pictures
+    exact_network       the float network for these pictures
     """
 
+    schedule: Schedule
+    config: SamplerConfig
     steps: Sequence[Step]
     prediction: Prediction
     pictures: int
