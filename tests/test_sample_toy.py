@@ -1,19 +1,21 @@
 """The host loop on Gaussian data, where every published correction has a known effect.
 
 x_0 ~ N(0.3, 0.5^2), the exact eps-predictor e, a "quantized" one q = 1.05 e + 0.02 + 0.15 n, 20 DDIM steps
-(t = 951, ..., 1, last target abar = 1). Each correction is fitted on an independent float run and written as StepFix
-rows; expected are the spread of the samples relative to the float run's, and their rms distance from it.
+(t = 951, ..., 1, last target abar = 1). Each correction is fitted on other pictures than those it is tried on; expected
+are the spread of the samples relative to the float run's, and their rms distance from it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
+from studies import recorded, setting_of
 
+from qncd_deploy.correct import d2dpm, dns, ptqd, qdrift, tac
 from qncd_deploy.correct.record import StepFix, fixed_steps
 from qncd_deploy.sample import PictureNoise, denoise
 from qncd_deploy.schedule import Schedule
@@ -53,80 +55,39 @@ def run(predict, eta, seed, fixes=None):
     return denoise(predict, noise.initial(), steps, noise=noise, fixes=fixes)
 
 
-@lru_cache
-def pairs(eta):
-    """(mean e, mean q, var e, var q, cov) per step along a float run: teacher-forced."""
-    predict = quantized(FIT_SEED, fixed=False)
-    found = []
-    for state in run(exact, eta, FIT_SEED):
-        e, q = state.raw.astype(np.float64).ravel(), predict(state.x_in, state.step.t).astype(np.float64).ravel()
-        cov = np.cov(e, q)
-        found.append((state.step, e.mean(), q.mean(), cov[0, 0], cov[1, 1], cov[0, 1]))
-    return found
+@pytest.fixture(scope="module")
+def study_of(tmp_path_factory):
+    @cache
+    def study(eta, fixed):
+        setting = setting_of(SCHEDULE, pictures=PICTURES, shape=SHAPE, eta=eta, seed=FIT_SEED)
+        predict = quantized(FIT_SEED, fixed=fixed)
+        return recorded(exact, predict, setting, tmp_path_factory.mktemp("study"))
+
+    return study
 
 
-def unbiased(eta, **more):
-    """PTQD: q = (1 + k) e + mu + r."""
-    rows = []
-    for step, e, q, var_e, var_q, cov in pairs(eta):
-        slope = cov / var_e
-        rest = (var_q - cov**2 / var_e) / slope**2
-        fix = StepFix(a=1 / slope, b=-(q - slope * e) / slope)
-        rows.append(replace(fix, **{name: make(step, rest) for name, make in more.items()}))
-    return rows
+def unbiased(study):
+    return ptqd.fit(study, min_r2=0)  # k is 0.05 at every call, those included where e hardly varies
 
 
-def least_squares(eta):
-    """D2-DPM's conditional mean: E[e | q]."""
-    return [StepFix(a=cov / var_q, b=e - cov / var_q * q) for _, e, q, _, var_q, cov in pairs(eta)]
+def without_variance(study):
+    return [replace(row, var=0) for row in unbiased(study)]
 
 
-def paper_variance(eta):
-    return unbiased(eta, var=lambda _, rest: rest)
+def code_variance(study):
+    return [replace(row, coef="s_eff") for row in unbiased(study)]
 
 
-def code_variance(eta):
-    return unbiased(eta, var=lambda _, rest: rest, coef=lambda *_: "s_eff")
+def q_drift(study):
+    return qdrift.with_gain(unbiased(study), study.steps, prediction="epsilon")
 
 
-def q_drift(eta):
-    def gain(step, rest):
-        sigma, target = (math.sqrt(1 / v - 1) for v in (step.abar, step.abar_next))
-        return 1 + (sigma - target) / (2 * sigma) * rest
-
-    return unbiased(eta, gain=gain)
+def least_squares(study):
+    return [replace(row, var=0) for row in d2dpm.fit(study)]
 
 
-def dns(eta):
-    """Aim at p = abar' (1 + B(p)^2 V), then scale back by sqrt(abar' / p); not in the last step."""
-
-    def direction(abar, p):
-        return math.sqrt(1 - p) - math.sqrt(p * (1 - abar) / abar)
-
-    def target(step, rest):
-        if step.abar_next == 1:
-            return None
-        p = step.abar_next
-        for _ in range(100):  # V = 0.02: each turn shrinks the error a hundredfold
-            p = step.abar_next * (1 + direction(step.abar, p) ** 2 * rest)
-        return p
-
-    def scale(step, rest):
-        p = target(step, rest)
-        return 1.0 if p is None else math.sqrt(step.abar_next / p)
-
-    return unbiased(eta, abar_next=target, x_mul=scale)
-
-
-def ibc(eta, *, fixed):
-    """Mean difference of the free-running trajectories, largest t first, each with the earlier ones corrected."""
-    float_run = [s.x_in.mean(dtype=np.float64) for s in run(exact, eta, FIT_SEED)]
-    rows = [StepFix()] * 20
-    for call in range(1, 20):
-        states = run(quantized(FIT_SEED, fixed=fixed), eta, FIT_SEED, rows)
-        drift = next(float_run[call] - s.x_in.mean(dtype=np.float64) for s in states if s.call == call)
-        rows[call] = StepFix(x_add=drift)
-    return rows
+def ibc(study):
+    return tac.fit_ibc(study, [StepFix()] * 20)
 
 
 TABLE_COUNT = 20_000  # the size of sample whose scatter the table shows
@@ -162,14 +123,14 @@ TABLE = {
     },
 }
 FITS = {
-    "none": lambda eta, fixed: None,
-    "unbiased": lambda eta, fixed: unbiased(eta),
-    "paper variance": lambda eta, fixed: paper_variance(eta),
-    "code variance": lambda eta, fixed: code_variance(eta),
-    "least squares": lambda eta, fixed: least_squares(eta),
-    "q-drift": lambda eta, fixed: q_drift(eta),
-    "dns": lambda eta, fixed: dns(eta),
-    "ibc": lambda eta, fixed: ibc(eta, fixed=fixed),
+    "none": lambda study: None,
+    "unbiased": without_variance,
+    "paper variance": unbiased,
+    "code variance": code_variance,
+    "least squares": least_squares,
+    "q-drift": q_drift,
+    "dns": dns.fit,
+    "ibc": ibc,
 }
 CASES = [(eta, fixed, name, *values) for (eta, fixed), row in TABLE.items() for name, values in row.items()]
 
@@ -196,8 +157,9 @@ def closed_form(eta, fixed, fixes):
             gain = math.sqrt(1 - aim - std_eff**2) - math.sqrt(aim * (1 - step.abar) / step.abar)
         stretch = math.sqrt(aim / step.abar)
         keep, gain, std_eff = fix.gain * keep + (1 - fix.gain) * stretch, fix.gain * gain, fix.gain * std_eff
-        by_x, by_n = gain * fix.a * (1 + K) * slope, gain * fix.a * NOISE
-        shift = gain * (fix.a * ((1 + K) * offset + MU) + fix.b) + (keep + by_x) * fix.x_add
+        factor, shifted, added = (np.ravel(v).item() for v in (fix.a, fix.b, fix.x_add))
+        by_x, by_n = gain * factor * (1 + K) * slope, gain * factor * NOISE
+        shift = gain * (factor * ((1 + K) * offset + MU) + shifted) + (keep + by_x) * added
         m = fix.x_mul
         linear = np.array(
             [[keep_f + gain_f * slope, 0, 0], [0, m * (keep + by_x), m * by_n if fixed else 0], [0, 0, 1]]
@@ -213,7 +175,7 @@ def closed_form(eta, fixed, fixes):
     return spread[1] / spread[0], distance, cov[0, 1] / (spread[0] * spread[1])
 
 
-@lru_cache
+@cache
 def float_samples(eta):
     *_, last = run(exact, eta, EVAL_SEED)
     return last.x.astype(np.float64)
@@ -226,8 +188,8 @@ def standard_errors(ratio, distance, correlation, count):
 
 
 @pytest.mark.parametrize(("eta", "fixed", "name", "ratio", "distance"), CASES)
-def test_toy_table(eta, fixed, name, ratio, distance):
-    fixes = FITS[name](eta, fixed)
+def test_toy_table(study_of, eta, fixed, name, ratio, distance):
+    fixes = FITS[name](study_of(eta, fixed))
     *_, last = run(quantized(EVAL_SEED, fixed=fixed), eta, EVAL_SEED, fixes)
     reference, samples = float_samples(eta), last.x.astype(np.float64)
     found = np.array([samples.std() / reference.std(), math.sqrt(np.mean((samples - reference) ** 2))])
