@@ -1,0 +1,324 @@
+"""ONNX to engine, on this machine's GPU or, with TensorRT for RTX, ahead of time for GPUs named by compute capability.
+
+Shapes are fixed: each profile is one shape of every input, and a single profile makes a static network. Types are the
+graph's alone (strongly typed, no precision flag), and float32 products are never rounded to TF32. Polygraphy's loaders
+are not used: they choose between the two libraries for the whole process, by a variable of its environment, and send
+the builder's log, which tells the kernels, to a logger of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qncd_deploy.engines.trt.kernels import (
+    Demands,
+    KernelTable,
+    Layer,
+    demands_of,
+    kernel_table,
+    layers_from_inspector,
+    layers_from_log,
+)
+from qncd_deploy.engines.trt.library import Library, LogLine
+from qncd_deploy.engines.trt.options import DEFAULT_LEVEL, HARDWARE, BuildOptions, Shapes, check_options
+from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
+from qncd_deploy.files import atomic_file
+from qncd_deploy.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """plan: the serialized engine;  options: as asked, or what it took when memory was short;  table: what runs."""
+
+    plan: bytes
+    options: BuildOptions
+    demands: Demands
+    table: KernelTable
+
+
+def build(
+    library: Library,
+    path: Path,
+    options: BuildOptions,
+    *,
+    memory: int | None = None,
+    watch: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BuiltEngine:
+    """Build an ONNX graph. When memory runs out it is tried again with less workspace and a lower level.
+
+    memory: of the GPU, in bytes, which workspace is halved from if none was named;  watch: tensors of the graph to make
+    outputs, too;  on_progress: told steps done and in all.
+
+    Raises: UsageError for options that this library does not have;  EngineError for shapes that the graph does not
+    take;  BuildFailed, naming the node where the library does, if it refuses the graph or memory does not suffice.
+    """
+    check_options(library, options)
+    attempts = [options, *_smaller(options, memory)]
+    for attempt in attempts:
+        try:
+            return _build(library, path, attempt, watch, on_progress)
+        except _OutOfMemory as exc:
+            where = exc.node or "the network"
+    workspace = "" if attempt.workspace is None else f"{attempt.workspace >> 20} MiB of workspace and "
+    raise BuildFailed(
+        f"{path}: {where}: out of memory, with {workspace}optimization level {attempt.level} too. Close what else uses "
+        "the GPU, or build for fewer pictures at a time with --batch."
+    )
+
+
+def graph_specs(library: Library, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Inputs and outputs of an ONNX graph as the library reads it. Raises BuildFailed if it does not."""
+    lines = list[LogLine]()
+    log = library.logger(lines)
+    _, network = _read(library, path, log, lines)
+
+    def specs(tensors: Iterable[Any]) -> dict[str, TensorSpec]:
+        return {tensor.name: TensorSpec(tensor.name, _dtype(library, tensor), _shape(tensor)) for tensor in tensors}
+
+    return specs(_inputs(network)), specs(network.get_output(index) for index in range(network.num_outputs))
+
+
+class _OutOfMemory(Exception):
+    def __init__(self, node: str | None) -> None:
+        self.node = node
+
+
+def _smaller(options: BuildOptions, memory: int | None) -> Iterator[BuildOptions]:
+    """What to try next, each with half the workspace and a lower level than the one before."""
+    workspace, level = options.workspace or memory, DEFAULT_LEVEL if options.level is None else options.level
+    for step in range(1, _RETRIES + 1):
+        yield replace(options, workspace=None if workspace is None else workspace >> step, level=max(0, level - step))
+
+
+_RETRIES = 3
+
+
+def _build(
+    library: Library,
+    path: Path,
+    options: BuildOptions,
+    watch: Sequence[str],
+    on_progress: Callable[[int, int], None] | None,
+) -> BuiltEngine:
+    lines = list[LogLine]()
+    log = library.logger(lines)
+    builder, network = _read(library, path, log, lines)
+    demands = demands_of(library, network)
+    _mark(network, watch, path)
+    config = builder.create_builder_config()
+    _configure(library, config, options)
+    _set_shapes(builder, network, config, options.profiles, path)
+    cache = _timing_cache(library, config, options.timing_cache)
+    with _cancellable() as cancelled:
+        config.progress_monitor = _monitor(library, cancelled, on_progress or (lambda done, total: None))
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise _failure(lines, path)
+    if on_progress is not None:
+        on_progress(_TICKS, _TICKS)
+    if cache is not None and options.timing_cache is not None:
+        with atomic_file(options.timing_cache) as partial:
+            partial.write_bytes(bytes(cache.serialize()))
+    content = bytes(plan)
+    layers = layers_from_log(lines) if library.ahead_of_time else _inspected(library, content)
+    return BuiltEngine(content, options, demands, kernel_table(demands, layers))
+
+
+def _read(library: Library, path: Path, log: Any, lines: Sequence[LogLine]) -> tuple[Any, Any]:
+    """A builder and the network that the parser made of a graph; types are the graph's, whatever the version."""
+    trt = library.module
+    builder = trt.Builder(log)
+    if builder is None:
+        raise BackendMissing(f"{library.flavour}: cannot start ({_first_error(lines)}). Check `nvidia-smi`.")
+    flags = 0
+    if library.uses("NetworkDefinitionCreationFlag.STRONGLY_TYPED"):
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        why = _first_error(lines)
+        if parser.num_errors:
+            error = parser.get_error(0)
+            where = f"{error.node_name()} [{error.node_operator()}]: " if error.node_operator() else ""
+            why = where + first_line(Exception(error.desc()))
+        raise BuildFailed(f"{path}: {library.flavour} cannot read it ({why}).")
+    return builder, network
+
+
+def _mark(network: Any, names: Sequence[str], path: Path) -> None:
+    tensors = {}
+    for index in range(network.num_layers if names else 0):
+        layer = network.get_layer(index)
+        tensors.update({layer.get_output(i).name: layer.get_output(i) for i in range(layer.num_outputs)})
+    for name in names:
+        if name not in tensors:
+            raise EngineError(f"{path}: no tensor {name!r} to watch.")
+        network.mark_output(tensors[name])
+
+
+def _configure(library: Library, config: Any, options: BuildOptions) -> None:
+    trt = library.module
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.hardware != "none":
+        level = HARDWARE[options.hardware].rpartition(".")[2]
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+
+
+def _set_shapes(builder: Any, network: Any, config: Any, profiles: tuple[Shapes, ...], path: Path) -> None:
+    inputs = _inputs(network)
+    for shapes in profiles:
+        for tensor in inputs:
+            asked, fixed = shapes.get(tensor.name), tuple(tensor.shape)
+            if asked is None or not _fits(asked, fixed):
+                takes = "x".join("any" if size < 0 else str(size) for size in fixed) or "a scalar"
+                found = "no shape" if asked is None else "x".join(map(str, asked))
+                raise EngineError(f"{path}: input {tensor.name!r} takes {takes}, {found} was asked for.")
+    if len(profiles) == 1:
+        for tensor in inputs:
+            tensor.shape = profiles[0][tensor.name]
+        return
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            profile.set_shape(tensor.name, *3 * [shapes[tensor.name]])
+        config.add_optimization_profile(profile)
+
+
+def _inputs(network: Any) -> list[Any]:
+    return [network.get_input(index) for index in range(network.num_inputs)]
+
+
+def _shape(tensor: Any) -> tuple[int | str, ...]:
+    """With names for free sizes: the graph's own, where the parser keeps them; the first is the batch."""
+    names = (
+        tensor.get_dimension_name(axis) or (f"dim{axis}" if axis else "batch") for axis in range(len(tensor.shape))
+    )
+    return tuple(size if size >= 0 else name for size, name in zip(tensor.shape, names, strict=True))
+
+
+def _dtype(library: Library, tensor: Any) -> str:
+    return np.dtype(library.module.nptype(tensor.dtype)).name
+
+
+def _fits(asked: tuple[int, ...], fixed: tuple[int, ...]) -> bool:
+    """Whether a shape agrees with one in which free sizes are -1."""
+    return len(asked) == len(fixed) and all(size in (-1, want) for want, size in zip(asked, fixed, strict=True))
+
+
+def _timing_cache(library: Library, config: Any, path: Path | None) -> Any:
+    """The cache in use, None where there is none. What cannot be read, or is of another version or GPU, is replaced."""
+    if path is None or not library.uses("IBuilderConfig.set_timing_cache"):
+        return None
+    held = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(held)
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _inspected(library: Library, plan: bytes) -> tuple[Layer, ...]:
+    trt, lines = library.module, list[LogLine]()
+    engine = trt.Runtime(library.logger(lines)).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildFailed(f"{library.flavour}: cannot load the engine that it built ({_first_error(lines)}).")
+    return layers_from_inspector(
+        engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    )
+
+
+def _failure(lines: Sequence[LogLine], path: Path) -> Exception:
+    text = "\n".join(line.text for line in lines if line.severity != "VERBOSE")
+    node = _NODE.search(text)
+    if _NO_WORKSPACE.search(text):
+        named = "the network" if node is None else node[1]
+        return BuildFailed(f"{path}: {named}: no kernel fits into the workspace. Raise --workspace, or leave it out.")
+    if _NO_MEMORY.search(text):
+        return _OutOfMemory(None if node is None else node[1])
+    return BuildFailed(f"{path}: TensorRT cannot build it ({_first_error(lines)}).")
+
+
+_NODE = re.compile(r"implementation for node (?:\{?ForeignNode\[)?([^\]\s]+?)[\].]*(?:\s|$|\))")
+_NO_WORKSPACE = re.compile("insufficient workspace", re.IGNORECASE)
+_NO_MEMORY = re.compile("out ?of ?memory|insufficient memory|cuda(?:ErrorM| m)emory ?allocation", re.IGNORECASE)
+
+
+def _first_error(lines: Sequence[LogLine]) -> str:
+    return first_line(Exception(next((line.text for line in lines if line.is_error), "it does not say why")))
+
+
+def _monitor(library: Library, cancelled: threading.Event, on_progress: Callable[[int, int], None]) -> Any:
+    """An IProgressMonitor. Phases nest: a step of a phase is its children's work."""
+    phases: dict[str, list[Any]] = {}  # name -> [parent, steps, done]
+    shown = 0
+
+    def share(name: str) -> float:
+        _, steps, done = phases[name]
+        children = [share(child) for child, (parent, *_) in phases.items() if parent == name]
+        return min(1.0, (done + max(children, default=0.0)) / max(1, steps))
+
+    def show() -> None:
+        nonlocal shown
+        roots = [share(name) for name, (parent, *_) in phases.items() if parent is None]
+        shown = max(shown, round(_TICKS * max(roots, default=0.0)))
+        on_progress(shown, _TICKS)
+
+    class Monitor(library.module.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            phases[name] = [parent, steps, 0]
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in phases:
+                phases[name][2] = step + 1
+            show()
+            return not cancelled.is_set()
+
+        def phase_finish(self, name: str) -> None:
+            phases.pop(name, None)
+
+    return Monitor()
+
+
+_TICKS = 1000
+
+
+@contextmanager
+def _cancellable() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of raising inside the library's callbacks, which must not raise; afterwards it is
+    raised as ever.
+    """
+    cancelled = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are delivered to the main one alone
+        yield cancelled
+        return
+    former = signal.signal(signal.SIGINT, lambda number, frame: cancelled.set())
+    try:
+        yield cancelled
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if cancelled.is_set():
+        raise KeyboardInterrupt

@@ -1,0 +1,282 @@
+"""What an engine really computes in: the kernels it was given, held against what its network asked for.
+
+The network, once parsed, says which convolutions and matrix products take quantized operands (a DequantizeLinear feeds
+them) and where attention is (a softmax). The engine says what became of each: TensorRT's inspector in JSON; TensorRT
+for RTX, whose inspector wants a GPU, in the same words in its builder's log. Both name the ONNX nodes that a kernel
+stands for, so every layer can be followed; elementwise kernels name the nodes whose scale or bias they apply, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qncd_deploy.engines.base import Kernel
+from qncd_deploy.engines.trt.library import Library, LogLine
+from qncd_deploy.errors import EngineError
+
+QUANTIZED = ("i8", "i4")
+PRODUCTS = ("Convolution", "MatMul")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution or matrix product of a network. node: its ONNX name;  layer: its weight's name, else its own;
+    output: its result's name;  data, weight: types its operands are stored in, such as "i8" behind a DequantizeLinear.
+    """
+
+    node: str
+    layer: str
+    output: str
+    data: str
+    weight: str
+
+    @property
+    def planned(self) -> bool:
+        """Whether its weights are quantized."""
+        return self.weight in QUANTIZED
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a network asks of its engine. attentions: the ONNX names of its softmaxes."""
+
+    products: tuple[Product, ...]
+    attentions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kernel of an engine as its library tells it. kind: such as "correlation" (a convolution), "gemm", "kgen" (a
+    generated kernel);  data, weights: types of its inputs and of its constants;  nodes: the ONNX nodes it stands for.
+    """
+
+    name: str
+    kind: str
+    tactic: str
+    data: tuple[str, ...]
+    weights: tuple[str, ...]
+    nodes: frozenset[str]
+
+    @property
+    def op(self) -> str:
+        """Convolution, MatMul or Attention for what multiplies, else its kind."""
+        if "mha" in self.name or "mha" in self.tactic:
+            return "Attention"
+        if self.kind == "correlation" or "conv" in self.kind.lower():
+            return "Convolution"
+        if re.search("gemm|mat(rix)?mul|fullyconnected", self.kind, re.I) or _FUSED_PRODUCT.match(self.name):
+            return "MatMul"
+        return self.kind
+
+    @property
+    def multiplies(self) -> bool:
+        return self.op in PRODUCTS
+
+    @property
+    def operands(self) -> tuple[str, str]:
+        """Types of the two that it multiplies; "" where it does not tell."""
+        first, *rest = (*self.data, *self.weights, "", "")
+        return first, self.weights[0] if self.weights and len(self.data) == 1 else rest[0]
+
+    @property
+    def precision(self) -> str:
+        """Of its arithmetic: that of its first operand."""
+        return self.operands[0]
+
+
+_FUSED_PRODUCT = re.compile(r"__myl_\w*Fc")  # TensorRT's names of kernels made of several operations: ...FcAddSilu
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """What runs, and how far it is what was asked for.
+
+    planned: products with quantized weights;  missed: those that no kernel takes as they are stored, each with what it
+    runs in;  float_products: kernels that multiply float32;  attentions, fused: softmaxes, and how many of them lie in
+    one kernel with their products.
+    """
+
+    kernels: tuple[Kernel, ...]
+    planned: int
+    missed: tuple[str, ...]
+    float_products: tuple[str, ...]
+    attentions: int
+    fused: int
+
+    @property
+    def integer_kernels(self) -> int:
+        """How many convolutions and products run on 8-bit integers."""
+        return sum(kernel.count for kernel in self.kernels if kernel.integer and kernel.op in PRODUCTS)
+
+    def line(self) -> str:
+        """The table in one line."""
+        parts = [f"{self.planned - len(self.missed)} of {self.planned} planned layers run quantized"] * (
+            self.planned > 0
+        )
+        if self.attentions:
+            parts.append(f"{self.fused} of {self.attentions} attentions in one kernel")
+        if self.float_products:
+            parts.append(f"{len(self.float_products)} products of float32")
+        return ", ".join(parts) or "nothing is quantized"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelTable:
+        values = {
+            **data,
+            "kernels": tuple(Kernel(**kernel) for kernel in data["kernels"]),
+            "missed": tuple(data["missed"]),
+            "float_products": tuple(data["float_products"]),
+        }
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def demands_of(library: Library, network: Any) -> Demands:
+    """Read a parsed network (trt.INetworkDefinition)."""
+    kinds = library.module.LayerType
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    producer = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+
+    def stored(tensor: Any) -> tuple[str, str]:
+        """Type that a tensor has where it is stored, and that place's name."""
+        while True:
+            layer = producer.get(tensor.name)
+            if layer is None or layer.type not in (kinds.DEQUANTIZE, kinds.SHUFFLE):
+                return _short(str(tensor.dtype)), tensor.name
+            if layer.type == kinds.DEQUANTIZE:
+                return _short(str(layer.get_input(0).dtype)), layer.get_output(0).name
+            tensor = layer.get_input(0)
+
+    products, attentions = [], []
+    for layer in layers:
+        if layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY):
+            data, _ = stored(layer.get_input(0))
+            weight, place = stored(layer.get_input(1)) if layer.num_inputs > 1 else (data, layer.name)
+            # The exporter names a weight's DequantizeLinear after the weight.
+            name = place.removesuffix("_dq") if weight in QUANTIZED else layer.name
+            products.append(Product(layer.name, name, layer.get_output(0).name, data, weight))
+        elif layer.type == kinds.SOFTMAX:
+            attentions.append(layer.name)
+    return Demands(tuple(products), tuple(attentions))
+
+
+def layers_from_log(lines: Iterable[LogLine]) -> tuple[Layer, ...]:
+    """The layers that a builder of detailed verbosity logs when it is done."""
+    text = next((line.text for line in reversed(list(lines)) if line.text.startswith("Layers:")), "")
+    return tuple(
+        Layer(
+            name=match["name"],
+            kind=match["kind"],
+            tactic=match["tactic"],
+            data=_types(match["data"]),
+            weights=_types(match["weights"]),
+            nodes=frozenset(_NODE.findall(match["metadata"])),
+        )
+        for match in _LAYER.finditer(text)
+    )
+
+
+_LAYER = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<data>.*?)\], Constants: \[(?P<weights>.*?)\], "
+    r"Outputs: \[.*?\], TacticName: (?P<tactic>.*?), StreamId: .*?Metadata: (?P<metadata>.*)$",
+    re.MULTILINE,
+)
+_NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
+
+
+def layers_from_inspector(text: str) -> tuple[Layer, ...]:
+    """The layers in an engine inspector's JSON of the whole engine.
+
+    Raises: EngineError if it is not that, or names the layers alone, as engines of less than detailed verbosity do.
+    """
+    try:
+        entries = json.loads(text)["Layers"]
+        if any(isinstance(entry, str) for entry in entries):
+            raise EngineError("engine: tells nothing but its layers' names. Build it again with `qncd build`.")
+        return tuple(_inspected(entry) for entry in entries)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise EngineError(f"engine: the inspector's answer cannot be read ({exc}).") from exc
+
+
+def kernel_table(demands: Demands, layers: Sequence[Layer]) -> KernelTable:
+    """Hold what runs against what was asked for."""
+    working = [layer for layer in layers if layer.kind not in _IDLE]
+    counts = Counter((layer.op, layer.precision, _implementation(layer)) for layer in working)
+    products = {product.node for product in demands.products}
+    return KernelTable(
+        kernels=tuple(Kernel(*key, count=count) for key, count in sorted(counts.items())),
+        planned=sum(product.planned for product in demands.products),
+        missed=tuple(_missed(demands, working)),
+        float_products=tuple(
+            layer.name for layer in working if layer.multiplies and set(layer.operands) - {""} == {"f32"}
+        ),
+        attentions=len(demands.attentions),
+        fused=sum(
+            any(softmax in layer.nodes and layer.nodes & products for layer in working)
+            for softmax in demands.attentions
+        ),
+    )
+
+
+_IDLE = ("signal", "wait")  # between streams: nothing is computed
+
+
+def _missed(demands: Demands, layers: Sequence[Layer]) -> Iterator[str]:
+    by_node: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.multiplies:
+            for node in layer.nodes:
+                by_node.setdefault(node, []).append(layer)
+    for product in demands.products:
+        found = [layer.operands for layer in by_node.get(product.node, ())]
+        if product.planned and (not found or any(types != (product.data, product.weight) for types in found)):
+            runs = " and ".join(sorted({" x ".join(types) for types in found})) or "nothing that multiplies"
+            yield f"{product.layer} ({runs})"
+
+
+def _implementation(layer: Layer) -> str:
+    """A tactic's name without the hash of its arguments; generated kernels have a name each, and go by their kind."""
+    tactic = re.sub(r"_?0x[0-9a-f]+$", "", layer.tactic)
+    return layer.kind if not tactic or tactic.startswith("__my") else tactic
+
+
+def _inspected(entry: Mapping[str, Any]) -> Layer:
+    def types(tensors: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+        return tuple(_short(tensor.get("Datatype") or tensor.get("Format/Datatype", "")) for tensor in tensors)
+
+    weights = types(entry.get("Constants", ()))
+    if not weights and "Weights" in entry:  # of layers outside of its compiled regions
+        weights = (_short(entry["Weights"].get("Type", "")),)
+    nodes = {*_NODE.findall(entry.get("Metadata", "")), *re.split(r"\s*\+\s*", entry["Name"])}
+    return Layer(
+        name=entry["Name"],
+        kind=entry["LayerType"],
+        tactic=entry.get("TacticName", ""),
+        data=types(entry.get("Inputs", ())),
+        weights=weights,
+        nodes=frozenset(nodes),
+    )
+
+
+def _types(tensors: str) -> tuple[str, ...]:
+    return tuple(_short(name) for name in re.findall(r"Datatype: (\w+)", tensors))
+
+
+def _short(text: str) -> str:
+    """ "DataType.HALF", "Half", "Channel major FP16 format where channel % 8 == 0" -> "f16"; "" for none of ours."""
+    found = _TYPE.search(text)
+    return "" if found is None else _TYPES[found[0].lower()]
+
+
+_TYPES = {
+    "bfloat16": "bf16", "bf16": "bf16", "fp8": "f8", "fp16": "f16", "half": "f16", "fp32": "f32", "float": "f32",
+    "uint8": "u8", "int8": "i8", "int4": "i4", "int32": "i32", "int64": "i64", "bool": "bool",
+}  # fmt: skip
+_TYPE = re.compile("|".join(_TYPES), re.IGNORECASE)
