@@ -209,7 +209,7 @@ def open_library(flavour: Flavour) -> Library:
         absent = isinstance(exc, ModuleNotFoundError) and exc.name == MODULES[flavour]
         found = "not installed" if absent else f"cannot be loaded ({first_line(exc)})"
         raise BackendMissing(f"{flavour}: {found}. {_remedy(flavour)}") from exc
-    library = Library(flavour, module, _parse_version(module.__version__))
+    library = Library(flavour, module, parse_version(module.__version__))
     if library.version < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
         jetson = f" JetPack 6.1 is the first that brings {oldest}: flash it." if JETSON.exists() else _remedy(flavour)
@@ -232,7 +232,7 @@ def _remedy(flavour: Flavour) -> str:
     return f"Install it: {find_backend(flavour).install}"
 
 
-def _parse_version(text: str) -> Version:
+def parse_version(text: str) -> Version:
     """The leading numbers: "10.14.1.48.post1" -> (10, 14, 1, 48)."""
 
     def numbers() -> Iterator[int]:
