@@ -14,6 +14,7 @@ import pytest
 from studies import recorded, setting_of, unrecorded
 
 from qncd_deploy.correct import stepbaq
+from qncd_deploy.correct.record import fixed_steps
 from qncd_deploy.errors import CalibrationError
 from qncd_deploy.schedule import SCHEDULERS, Schedule
 
@@ -113,6 +114,24 @@ def test_noise_is_the_schedules_after_the_step_back():
     assert on < off / 2
     means = {name: np.abs(states[-1].x.mean(axis=(0, 2, 3))).max() for name, states in states_of.items()}
     assert means["on"] < means["off"] / 5
+
+
+def test_a_bias_alone_is_no_noise():
+    setting = setting_of(SCHEDULE, pictures=4, shape=SHAPE)
+    rows = stepbaq.fit(unrecorded(exact, noisy(1, noise=0.0, mu=np.array([0.5, -0.5])), setting))
+    assert all(row.t_model is None and row.x_mul == 1 for row in rows)
+
+
+def test_errors_in_a_multistep_history_count():
+    """DPM-Solver++ goes on from the x_0 of the call before, which is off by -sigma MU since it was remembered."""
+    setting = setting_of(SCHEDULE, pictures=PICTURES, shape=SHAPE, name="dpmpp-2m")
+    rows = stepbaq.fit(unrecorded(exact, noisy(1), setting))
+    first, second = fixed_steps(SCHEDULE, setting.config, rows)[:2]
+    assert rows[0].x_mul < 1 and rows[1].x_mul < 1  # both samplers are in step before either call
+    moved = second.eps_gain - second.x0_weights[1] * first.b / first.a
+    noise = NOISE * math.hypot(second.eps_gain, second.x0_weights[1] * first.b / first.a)
+    np.testing.assert_allclose(rows[1].x_sub, moved * MU, atol=5 * noise / math.sqrt(PICTURES * 32 * 32))
+    assert abs(moved - second.eps_gain) > 0.3  # what the history adds
 
 
 def test_small_errors_add_up_until_they_are_worth_a_timestep():

@@ -136,6 +136,9 @@ def test_the_whole_method_has_both_parts(tmp_path):
         first, *others = fit(study)
         assert first.x_add == 0
         assert all(row.thr == 1 and np.any(row.a != 1) and np.any(row.x_add != 0) for row in others)
+    plain = tac.fit_ibc(study, tac.fit_paper(study), shrink=False)
+    for row, other in zip(tac.fit_paper(study), plain, strict=True):
+        np.testing.assert_array_equal(row.x_add, other.x_add)
     faithful = tac.fit_paper(study, thr=4, lambda1=0.8)
     assert faithful[0].thr == 4 and np.any(faithful[0].a != tac.fit_paper(study)[0].a)
 
