@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +21,16 @@ import numpy as np
 
 from qncd_deploy.bundle import Manifest, check_files, read_manifest
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, Tables, identity_table, load_tables
-from qncd_deploy.engines.base import Remainder, default_backend, find_backend, make_engine_id, open_engine
-from qncd_deploy.errors import BundleError, UsageError
+from qncd_deploy.engines.base import (
+    BaseEngine,
+    Remainder,
+    default_backend,
+    find_backend,
+    make_engine_id,
+    open_engine,
+)
+from qncd_deploy.engines.stored import stored_source
+from qncd_deploy.errors import BundleError, EngineError, UsageError
 from qncd_deploy.files import canonical_json
 from qncd_deploy.sampler import Network, Sampler
 from qncd_deploy.schedule import Schedule
@@ -136,8 +144,8 @@ class Bundle:
             logged line), "off", or a method's name, which must have been fitted for it.
         batch_size: pictures at a time;  scheduler ... guidance_scale: None for the bundle's own.
         remainder: precision of the layers left in float, None for the backend's default.
-        tables: correction files to look into before the bundle's own.  blobs: of Sampler.save_blob, used instead of
-            compiling for the shapes they were made for.
+        tables: correction files to look into before the bundle's own.  blobs: what `qncd build` compiled, used for the
+            shapes it was made for; those for other machines are passed over, unless there are no others.
 
         Raises: UsageError, ScheduleError, EngineError or BundleError, each with what to do.
         """
@@ -162,20 +170,19 @@ class Bundle:
         with ExitStack() as opened:
             unet = open_engine(backend, self.file(role), remainder=remainder, threads=threads)
             opened.enter_context(unet)
-            for blob in blobs:
-                unet.load_blob(blob, source=self.graph_id(role))
-            decoder = None
+            engines = {role: unet}
             if "decoder" in self.manifest.roles:
                 decoder = open_engine(backend, self.file("decoder"), remainder="f32", threads=threads)
-                opened.enter_context(decoder)
+                engines["decoder"] = opened.enter_context(decoder)
+            self._load_blobs(engines, blobs)
             network = Network(
                 place=self.path,
                 source=self.graph_id(role),
                 facts=self.manifest.model,
                 schedule=schedule,
                 unet=unet,
-                decoder=decoder,
-                embedding=self._embedding(),
+                decoder=engines.get("decoder"),
+                embedding=self.class_embedding,
             )
             return Sampler(
                 network,
@@ -186,7 +193,9 @@ class Bundle:
                 resources=opened.pop_all(),
             )
 
-    def _embedding(self) -> np.ndarray | None:
+    @cached_property
+    def class_embedding(self) -> np.ndarray | None:
+        """(classes, L, D) float32 where classes reach the network as tokens, else None. Raises BundleError."""
         condition = self.manifest.model.condition
         if condition is None or condition.kind != "class-tokens":
             return None
@@ -196,6 +205,27 @@ class Bundle:
         except (OSError, ValueError, EOFError) as exc:
             raise BundleError(f"{path}: not a readable array ({exc}). Run `qncd export` again.") from exc
         return table
+
+    def _load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
+        """Give compiled networks to the engines (by their graphs' roles) of whose graphs they were made.
+
+        A folder may hold some for other machines and versions. Raises EngineError for an engine that can use none of
+        those there are for it.
+        """
+        by_source = {self.graph_id(role): engine for role, engine in engines.items()}
+        refused: dict[str, EngineError] = {}
+        loaded = set()
+        for blob in blobs:
+            source = stored_source(blob)
+            if source not in by_source:
+                source = next(iter(by_source))  # whose engine says what is wrong with it
+            try:
+                by_source[source].load_blob(blob, source=source)
+                loaded.add(source)
+            except EngineError as exc:
+                refused.setdefault(source, exc)
+        for source in refused.keys() - loaded:
+            raise refused[source]
 
     def _correction(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
         """The table to use, from the first file that has it, the bundle's own last. Raises ScheduleError if a method

@@ -15,7 +15,7 @@ from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, fixed_steps
 from qncd_deploy.engines.base import BaseEngine, Kernel
-from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_roles
+from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_shapes
 from qncd_deploy.errors import EngineError, LabelError, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
@@ -71,7 +71,7 @@ class Sampler:
         self.table = table
         self.steps: tuple[Step, ...] = fixed_steps(network.schedule, config, table.fixes)
         self.initial_scale = initial_scale(network.schedule, config)
-        self.batch_size = batch_size or _default_batch(network.facts.latent_shape)
+        self.batch_size = batch_size or default_batch(network.facts.latent_shape)
         self._resources = resources or ExitStack()
 
     def sample(
@@ -223,16 +223,13 @@ class Sampler:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Input shapes of the network for a full batch."""
-        inputs, facts, embedding = self.network.unet.inputs, self.network.facts, self.network.embedding
-        roles = input_roles(inputs)
-        rows = fixed_rows(roles.sample) or self._rows(self.batch_size)
-        sizes = {roles.sample.name: facts.latent_shape}
-        if roles.condition is not None and embedding is not None:
-            sizes[roles.condition.name] = embedding.shape[1:]
-        return {
-            name: tuple(rows if isinstance(size, str) else size for size in spec.shape[:1]) + tuple(sizes.get(name, ()))
-            for name, spec in inputs.items()
-        }
+        embedding = self.network.embedding
+        return input_shapes(
+            self.network.unet.inputs,
+            rows=self._rows(self.batch_size),
+            state=self.network.facts.latent_shape,
+            tokens=() if embedding is None else embedding.shape[1:],
+        )
 
 
 def parse_labels(text: str, condition: ConditionFacts | None) -> tuple[int, ...]:
@@ -270,5 +267,6 @@ def _range(condition: ConditionFacts) -> str:
     return f"Use 0 to {last} without {condition.null_class}."
 
 
-def _default_batch(latent_shape: Sequence[int]) -> int:
+def default_batch(latent_shape: Sequence[int]) -> int:
+    """Pictures at a time where nobody says: fewer of large ones."""
     return int(np.clip(_LATENT_NUMBERS // int(np.prod(latent_shape)), 1, _LARGEST_DEFAULT_BATCH))

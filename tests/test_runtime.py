@@ -263,7 +263,7 @@ def test_engines_are_closed_at_the_end_and_when_opening_fails(folder: Path, monk
     closed.clear()
     with pytest.raises(EngineError, match="takes no compiled blob"):
         Bundle.open(folder).sampler("onnxruntime", blobs=[Path("x.blob")])
-    assert closed == ["unet-ort.onnx"]
+    assert sorted(closed) == ["unet-ort.onnx", "vae-decoder.onnx"]
 
 
 def test_a_blob_of_the_sampler_is_used_again_and_tied_to_the_weights(folder: Path, tmp_path: Path) -> None:
@@ -278,6 +278,25 @@ def test_a_blob_of_the_sampler_is_used_again_and_tied_to_the_weights(folder: Pat
         np.testing.assert_array_equal(sampler.sample(2).latents, expected)
     with pytest.raises(EngineError, match="made from another graph"):
         Bundle.open(folder).sampler("openvino", blobs=[tmp_path / "net.blob"], float_twin=True, **options)
+    (tmp_path / "old.blob").write_bytes(b"of another machine")
+    both = [tmp_path / "old.blob", tmp_path / "net.blob"]  # what fits is used, whatever lies beside it
+    with Bundle.open(folder).sampler("openvino", blobs=both, **options) as sampler:
+        np.testing.assert_array_equal(sampler.sample(2).latents, expected)
+    with pytest.raises(EngineError, match=r"old\.blob: not a compiled blob"):
+        Bundle.open(folder).sampler("openvino", blobs=both[:1], **options)
+
+
+def test_a_blob_of_the_decoder_goes_to_the_decoder(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = Bundle.open(folder)
+    with bundle.sampler("openvino", batch_size=2, threads=1) as sampler:
+        decoder = sampler.network.decoder
+        shapes = {name: (2, *spec.shape[1:]) for name, spec in decoder.inputs.items()}
+        decoder.save_blob(tmp_path / "decoder.blob", shapes, source=bundle.graph_id("decoder"))
+        expected = sampler.sample(2).images
+    with bundle.sampler("openvino", batch_size=2, threads=1, blobs=[tmp_path / "decoder.blob"]) as sampler:
+        np.testing.assert_array_equal(sampler.sample(2).images, expected)
+        assert len(sampler.network.decoder._compiled) == 1
 
 
 def test_graphs_are_told_apart_by_their_external_weights_too(folder: Path) -> None:

@@ -65,5 +65,8 @@ def fitted_tables(engine_dir: Path, bundle: Path) -> Sequence[Path]:
 
 
 def compiled_blobs(engine_dir: Path, bundle: Path, stem: str) -> Sequence[Path]:
-    """Compiled networks that `qncd build` wrote for a bundle on this machine, of one engine."""
-    return sorted((engine_dir / bundle.resolve().name).glob(f"{stem}-*.blob"))
+    """Compiled networks that `qncd build` wrote for a bundle, of one engine and of the decoder beside it."""
+    folder = engine_dir / bundle.resolve().name
+    decoder = f"{stem.rpartition('-')[0]}-f32-*-decoder-*"
+    found = {path for pattern in (f"{stem}-*", decoder) for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.suffix in (".blob", ".engine"))

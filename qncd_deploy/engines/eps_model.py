@@ -51,6 +51,25 @@ def input_roles(inputs: Mapping[str, TensorSpec]) -> InputRoles:
     return InputRoles(by_rank[4][0], next(iter(times), None), next(iter(conditions), None))
 
 
+def input_shapes(
+    inputs: Mapping[str, TensorSpec], *, rows: int, state: Sequence[int], tokens: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's inputs for one call: `rows` of them, unless the graph fixes how many.
+
+    state: (C, H, W) of the state;  tokens: (L, D) of a condition of tokens, () if there is none. Raises EngineError as
+    input_roles does.
+    """
+    roles = input_roles(inputs)
+    rows = fixed_rows(roles.sample) or rows
+    sizes = {roles.sample.name: tuple(state)}
+    if roles.condition is not None:
+        sizes[roles.condition.name] = tuple(tokens)
+    return {
+        name: tuple(rows if isinstance(size, str) else size for size in spec.shape[:1]) + sizes.get(name, ())
+        for name, spec in inputs.items()
+    }
+
+
 @dataclass(frozen=True)
 class EngineModel:
     """An engine as model(x, t, cond), called with `rows` rows at a time.

@@ -54,6 +54,15 @@ def load_stored(path: Path, parse: Callable[[dict[str, Any]], Facts]) -> tuple[b
     return content, facts
 
 
+def stored_source(path: Path) -> str | None:
+    """The graph's hash that a compiled network says it was made from; None where it does not say."""
+    try:
+        source = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(source)
+
+
 def require_same(path: Path, found: Any, wanted: Any, words: Mapping[str, str]) -> None:
     """Refuse facts that differ from those wanted.
 
