@@ -14,6 +14,7 @@ import numpy as np
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, fixed_steps
+from qncd_deploy.correct.rules import check
 from qncd_deploy.engines.base import BaseEngine, Kernel
 from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_shapes
 from qncd_deploy.errors import EngineError, LabelError, UsageError
@@ -70,6 +71,7 @@ class Sampler:
         self.guidance_scale = guidance_scale
         self.table = table
         self.steps: tuple[Step, ...] = fixed_steps(network.schedule, config, table.fixes)
+        check(table.fixes, self.steps)
         self.initial_scale = initial_scale(network.schedule, config)
         self.batch_size = batch_size or default_batch(network.facts.latent_shape)
         self._resources = resources or ExitStack()

@@ -1,7 +1,9 @@
 """`--correction auto`: which correction, of which parts and over which calls, makes held-out pictures best.
 
 1. Every fitted table is tried on the first half of the held-out pictures; the best few and "off" on all of them.
-2. The best of them is tried without its residual variance, and on a part of the calls only.
+2. What the best of them lacks is put beside it, where the rules allow that: the mean of the accumulated error taken
+   out of the input, per channel or per element; the variance it leaves over spent in another way, or not at all; and
+   it is tried on a part of the calls only. Each of these stays only if it makes the pictures better.
 3. The best is taken if it beats "off" in CONFIDENCE of the bootstrap resamples; else nothing is corrected.
 
 Per-step error never decides: it prefers shrinking the output, which a deterministic sampler turns into pictures that
@@ -12,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from qncd_deploy.correct.combine import only, parts, without
+from qncd_deploy.correct import dns, qdrift, tac
 from qncd_deploy.correct.fitting import Study
 from qncd_deploy.correct.record import StepFix
+from qncd_deploy.correct.rules import active, only, without_variance
+from qncd_deploy.errors import CalibrationError
 from qncd_deploy.pipeline.arena import Arena, Candidate
 
 FINALISTS = 4
@@ -43,7 +48,7 @@ def choose(study: Study, fitted: Mapping[str, tuple[StepFix, ...]], arena: Arena
     finalists = sorted(entrants, key=lambda each: arena.cost(each, half))[:FINALISTS]
     tried = [off, *finalists]
     best = min(tried, key=lambda each: arena.cost(each, whole))
-    for kind in (_with_other_variance, _on_some_calls):
+    for kind in (_with_input, _with_other_variance, _on_some_calls):
         found = list(kind(study, best))
         tried += found
         best = min([best, *found], key=lambda each: arena.cost(each, whole))
@@ -56,9 +61,30 @@ def choose(study: Study, fitted: Mapping[str, tuple[StepFix, ...]], arena: Arena
     )
 
 
+def _with_input(study: Study, base: Candidate) -> Iterator[Candidate]:
+    """The mean of what has added up in spite of `base`, call after call, taken out of the network's input."""
+    if "input" in active(base.fixes, study.steps):
+        return
+    for per, name in _INPUTS.items():
+        try:
+            yield Candidate(_joined(base, name), tac.fit_ibc(study, base.fixes, per=per))
+        except CalibrationError:  # too few pictures for so many means
+            continue
+
+
+_INPUTS: Mapping[Literal["channel", "element"], str] = {"channel": "ibc", "element": "ibc-map"}
+
+
 def _with_other_variance(study: Study, base: Candidate) -> Iterator[Candidate]:
-    if "variance" in parts(base.fixes, study.steps) and "output" in parts(base.fixes, study.steps):
-        yield Candidate(f"{base.name}-var", without(base.fixes, "variance"))
+    """What the map leaves over: not spent, or spent by Q-Drift's gain or DNS's targets where no noise could take it."""
+    found = active(base.fixes, study.steps)
+    if "variance" in found:
+        yield Candidate(f"{base.name}-var", without_variance(base.fixes))
+    elif "output" in found and any(fix.var for fix in base.fixes):
+        for name, spend in (("qdrift", qdrift.with_gain), ("dns", dns.with_target)):
+            fixes = spend(base.fixes, study.steps, prediction=study.prediction)
+            if "variance" in active(fixes, study.steps):
+                yield Candidate(_joined(base, name), fixes)
 
 
 def _on_some_calls(study: Study, base: Candidate) -> Iterator[Candidate]:
@@ -71,3 +97,7 @@ def _on_some_calls(study: Study, base: Candidate) -> Iterator[Candidate]:
     cut = calls - calls // 3
     for name, some in (("early", range(cut)), ("late", range(cut, calls)), ("last", range(calls - 1, calls))):
         yield Candidate(f"{base.name}@{name}", only(base.fixes, some))
+
+
+def _joined(base: Candidate, name: str) -> str:
+    return name if base.name == OFF else f"{base.name}+{name}"
