@@ -39,6 +39,10 @@ class Arrays(Protocol):
         """Bring an array back, once everything it depends on is done."""
         ...
 
+    def wait(self) -> None:
+        """Until everything that was asked for is done."""
+        ...
+
 
 class HostArrays:
     """NumPy's arrays: they are there already."""
@@ -48,6 +52,8 @@ class HostArrays:
 
     def get(self, array: np.ndarray) -> np.ndarray:
         return array
+
+    def wait(self) -> None: ...
 
 
 class EpsModel(Protocol):
@@ -75,8 +81,8 @@ class NoiseSource(Protocol):
 class Engine(Protocol):
     """Named arrays in, named arrays out. Whoever opens an engine closes it; its outputs belong to the caller.
 
-    arrays: where it computes. Every engine takes NumPy arrays and then returns them; fed only arrays of its own, it
-    returns its own.
+    arrays: where it computes. Fed NumPy arrays alone, an engine returns them; fed any array of its own, it returns
+    its own.
     """
 
     inputs: Mapping[str, TensorSpec]

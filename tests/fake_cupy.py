@@ -87,7 +87,6 @@ class Memory:
 
     def __init__(self) -> None:
         self.held: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
-        self.addresses = itertools.count(1 << 20, 256)
         self.limit = 1 << 34
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -98,11 +97,12 @@ class Memory:
                 f"Out of memory allocating {array.nbytes:,} bytes (allocated so far: {used:,} bytes)."
             )
         array[...] = NAN[array.dtype.kind]
-        self.held[next(self.addresses)] = array
+        self.held[address_of(array)] = array
         return array
 
-    def address(self, array: np.ndarray) -> int:
-        return next(address for address, held in self.held.items() if held is array)
+
+def address_of(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 MEMORY = Memory()
@@ -122,7 +122,7 @@ class ndarray(NDArrayOperatorsMixin):
     @property
     def data(self) -> Any:
         class Pointer:
-            ptr = MEMORY.address(self.memory)
+            ptr = address_of(self.memory)
 
         return Pointer
 

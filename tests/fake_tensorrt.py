@@ -9,12 +9,28 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fake_cupy
 import numpy as np
 import onnxruntime as ort
+import pytest
+
+from qncd_deploy.engines.base import Kernel
+from qncd_deploy.engines.trt import run
+from qncd_deploy.engines.trt.build import BuiltEngine
+from qncd_deploy.engines.trt.cuda import DeviceArrays
+from qncd_deploy.engines.trt.device import Device
+from qncd_deploy.engines.trt.kernels import Demands, KernelTable
+from qncd_deploy.engines.trt.library import Library, parse_version
+from qncd_deploy.engines.trt.options import BuildOptions
+from qncd_deploy.engines.trt.store import EngineFacts, save_engine
+from qncd_deploy.specs import TensorSpec
+
+TABLE = KernelTable((Kernel("correlation", "i8", "fake", 2),), 2, (), (), 0, 0)
+GPU = Device(name="Fake GPU", sm="sm86", memory=1 << 34, cuda="12.6")
 
 Profile = Mapping[str, Sequence[Sequence[int]]]
 """Input -> smallest, best and largest shape."""
@@ -234,3 +250,55 @@ class Runtime:
             return refuse(f"The engine was built for {facts['device']}, this device is {self.library.device}")
         self.library.engines.append(Engine(self.log, facts))
         return self.library.engines[-1]
+
+
+@dataclass
+class Machine:
+    """What `install` put in place. builds: the shapes of every engine that was built, in order."""
+
+    module: TensorRT
+    arrays: DeviceArrays
+    builds: list[Mapping[str, tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def waits(self) -> int:
+        """How often something waited for the device."""
+        return self.arrays._stream.waits
+
+    def store(self, path: Path, graph: Path, *profiles: Profile, source: str = "graph") -> Path:
+        """An engine as `qncd build` keeps it. profiles: input -> shape."""
+        version = parse_version(self.module.__version__)
+        options = BuildOptions(profiles=profiles)
+        blob = plan(
+            graph, [fixed(**shapes) for shapes in profiles], version=self.module.__version__, kind=self.module.kind
+        )
+        facts = EngineFacts.of(Library(self.module.kind, self.module, version), GPU, options, source=source)
+        save_engine(path, BuiltEngine(blob, options, Demands((), ()), TABLE), facts)
+        return path
+
+
+def install(monkeypatch: pytest.MonkeyPatch, kind: str = "tensorrt") -> Machine:
+    """Give this machine a GPU and a TensorRT, both fake; its builder takes any graph that ONNX Runtime takes."""
+    version = {"tensorrt": (10, 13, 2), "tensorrt-rtx": (1, 7, 1)}[kind]
+    module = TensorRT(".".join(map(str, version)), kind=kind)
+    machine = Machine(module, DeviceArrays(fake_cupy, GPU))
+
+    def graph_specs(library: Library, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        inputs, outputs = (
+            [TensorSpec(node.name, NUMPY[DTYPES[node.type]], tuple(node.shape)) for node in nodes]
+            for nodes in (session.get_inputs(), session.get_outputs())
+        )
+        return {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs}
+
+    def build(library: Library, path: Path, options: BuildOptions, *, memory: int | None = None) -> BuiltEngine:
+        machine.builds += options.profiles
+        profiles = [fixed(**shapes) for shapes in options.profiles]
+        blob = plan(path, profiles, version=module.__version__, kind=kind)
+        return BuiltEngine(blob, options, Demands((), ()), TABLE)
+
+    monkeypatch.setattr(run, "open_library", lambda flavour: Library(flavour, module, version))
+    monkeypatch.setattr(run, "open_arrays", lambda: machine.arrays)
+    monkeypatch.setattr(run, "graph_specs", graph_specs)
+    monkeypatch.setattr(run, "build", build)
+    return machine

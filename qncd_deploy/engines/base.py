@@ -265,7 +265,7 @@ def check_feeds(path: Path, inputs: Mapping[str, TensorSpec], feeds: Mapping[str
     free: dict[str, int] = {}
     for name, spec in inputs.items():
         array = feeds[name]
-        if not hasattr(array, "__cuda_array_interface__"):
+        if not hasattr(type(array), "__cuda_array_interface__"):
             array = np.asarray(array, order="C")
         fits = len(array.shape) == len(spec.shape) and all(
             size == (free.setdefault(want, size) if isinstance(want, str) else want)
