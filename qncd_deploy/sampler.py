@@ -1,10 +1,14 @@
-"""An open network with a schedule and a correction: pictures by index, batch by batch, through the host loop."""
+"""An open network with a schedule and a correction: pictures by index, batch by batch, through the host loop.
+
+Latents, noise, update and corrections live where the network computes, on a GPU for TensorRT: noise is drawn on the
+host and brought there, a batch's result is brought back, and nothing waits in between.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,7 +17,7 @@ import numpy as np
 
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.correct.fitting import State
-from qncd_deploy.correct.record import CorrectionTable, fixed_steps
+from qncd_deploy.correct.record import CorrectionTable, StepFix, fixed_steps
 from qncd_deploy.correct.rules import check
 from qncd_deploy.engines.base import BaseEngine, Kernel
 from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_shapes
@@ -21,8 +25,8 @@ from qncd_deploy.errors import EngineError, LabelError, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
 from qncd_deploy.schedule import Schedule
-from qncd_deploy.specs import EpsModel
-from qncd_deploy.steps import SamplerConfig, Step, initial_scale
+from qncd_deploy.specs import Array, Arrays, EpsModel, HostArrays
+from qncd_deploy.steps import Memory, SamplerConfig, Step, initial_scale
 
 if TYPE_CHECKING:
     from typing import Self
@@ -74,6 +78,8 @@ class Sampler:
         check(table.fixes, self.steps)
         self.initial_scale = initial_scale(network.schedule, config)
         self.batch_size = batch_size or default_batch(network.facts.latent_shape)
+        self._arrays = network.unet.arrays
+        self._fixes = None if table.method == "off" else tuple(_brought(fix, self._arrays) for fix in table.fixes)
         self._resources = resources or ExitStack()
 
     def sample(
@@ -89,7 +95,7 @@ class Sampler:
 
         labels: picture i gets labels[i mod len(labels)]; None for i mod classes, the null class not counted.
         batch_size: pictures at a time, None for the sampler's own or all of them if they are fewer.
-        on_state: called after every network call of every batch, for progress.
+        on_state: called after every network call of every batch; see `trajectory` for what it may do with a state.
         """
         batches = self.batches(pictures, labels=labels, seed=seed, batch_size=batch_size, on_state=on_state)
         return Pictures.join(list(batches))
@@ -123,7 +129,7 @@ class Sampler:
             yield Pictures(
                 indices=np.array(batch, dtype=np.int64),
                 labels=self.labels(batch, labels),
-                latents=latents,
+                latents=self._arrays.get(latents),
                 images=self._images(latents, batch_size=size),
             )
 
@@ -135,30 +141,46 @@ class Sampler:
         seed: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[State]:
-        """The states of one batch, one per network call; the last one's x are the latents."""
+        """The states of one batch, one per network call; the last one's x are the latents.
+
+        Their arrays are where the engine computes, and on a GPU they may be still to come: `on_host` brings them here.
+        """
         noise = PictureNoise(seed, indices, self.network.facts.latent_shape)
         return denoise(
-            self.model_for(indices, labels=labels, batch_size=batch_size),
-            self.initial_scale * noise.initial(),
+            self.model_for(indices, labels=labels, batch_size=batch_size, arrays=self._arrays),
+            self._arrays.put(self.initial_scale * noise.initial()),
             self.steps,
-            noise=noise,
-            fixes=None if self.table.method == "off" else self.table.fixes,
+            noise=_Brought(noise, self._arrays),
+            fixes=self._fixes,
             prediction=self.network.schedule.prediction,
         )
 
+    def on_host(self, state: State) -> State:
+        """A state with NumPy arrays, its memory left out; on a GPU, waits until they are computed."""
+        arrays = {name: self._arrays.get(getattr(state, name)) for name in ("x_in", "raw", "eps", "x")}
+        m = state.m if state.m is None or isinstance(state.m, float) else self._arrays.get(state.m)
+        return replace(state, **arrays, memory=Memory(), m=m)
+
     def model_for(
-        self, indices: Sequence[int], *, labels: Sequence[int] | None = None, batch_size: int | None = None
+        self,
+        indices: Sequence[int],
+        *,
+        labels: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        arrays: Arrays | None = None,
     ) -> EpsModel:
         """The network as the loop calls it for these pictures: labels and guidance inside, no correction.
 
         batch_size: rows are filled up to it, so that batches of several sizes need the engine compiled for one.
+        arrays: where the states that it is called with live, None for NumPy's.
         """
+        arrays = arrays or HostArrays()
         condition = self.network.facts.condition
         cond = uncond = None
         if condition is not None:
-            cond = self._condition_rows(self.labels(indices, labels))
+            cond = arrays.put(self._condition_rows(self.labels(indices, labels)))
             if self.guidance_scale != 1:
-                uncond = self._condition_rows(np.array([condition.null_class], dtype=np.int64))
+                uncond = arrays.put(self._condition_rows(np.array([condition.null_class], dtype=np.int64)))
         model = EngineModel.of(self.network.unet, rows=self._rows(batch_size or len(indices)))
         return guided(model, cond, uncond, self.guidance_scale)
 
@@ -172,8 +194,8 @@ class Sampler:
         check_labels(chosen or (), condition)
         return labels_for(indices, classes=condition.classes, null_class=condition.null_class, chosen=chosen)
 
-    def decode(self, latents: np.ndarray, *, batch_size: int | None = None) -> np.ndarray | None:
-        """(N, C, H, W) latents to (N, C, H, W) pictures in about [-1, 1], float32, not clipped.
+    def decode(self, latents: Array, *, batch_size: int | None = None) -> Array | None:
+        """(N, C, H, W) latents to (N, C, H, W) pictures in about [-1, 1], float32, not clipped, where the latents are.
 
         Without a decoder the latents are the pictures if they have 1 or 3 channels; else None.
         """
@@ -205,10 +227,11 @@ class Sampler:
     ) -> None:
         self.close()
 
-    def _images(self, latents: np.ndarray, *, batch_size: int) -> np.ndarray | None:
-        images = self.decode(latents, batch_size=batch_size)
-        if images is None:
+    def _images(self, latents: Array, *, batch_size: int) -> np.ndarray | None:
+        decoded = self.decode(latents, batch_size=batch_size)
+        if decoded is None:
             return None
+        images = self._arrays.get(decoded)
         if not np.isfinite(images).all():
             raise EngineError(
                 f"{self.network.place}: {self.table.key.backend} returned pictures that are not finite. "
@@ -258,6 +281,26 @@ def check_labels(labels: Sequence[int], condition: ConditionFacts) -> None:
             raise LabelError(f"class {label} is the null class of guidance, not a picture's. {_range(condition)}")
         if label not in condition.valid:
             raise LabelError(f"class {label}: the network does not have it. {_range(condition)}")
+
+
+@dataclass(frozen=True)
+class _Brought:
+    """Noise that is drawn on the host and brought to where the loop runs."""
+
+    noise: PictureNoise
+    arrays: Arrays
+
+    def step(self) -> Array:
+        return self.arrays.put(self.noise.step())
+
+    def probe(self) -> Array:
+        return self.arrays.put(self.noise.probe())
+
+
+def _brought(fix: StepFix, arrays: Arrays) -> StepFix:
+    """The row with its arrays where the loop runs."""
+    held = {field.name: getattr(fix, field.name) for field in fields(fix)}
+    return replace(fix, **{name: arrays.put(value) for name, value in held.items() if isinstance(value, np.ndarray)})
 
 
 def _range(condition: ConditionFacts) -> str:
