@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import click
 
-from qncd_deploy.cli import bench, export, look, sample
+from qncd_deploy.cli import bench, build, export, look, sample
 from qncd_deploy.errors import GateFailed, QncdError, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -26,7 +26,7 @@ def qncd() -> None:
 
 for _command in (
     export.export_command,
-    sample.build_command,
+    build.build_command,
     sample.fit_command,
     sample.sample_command,
     bench.bench_command,

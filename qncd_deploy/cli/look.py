@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from qncd_deploy.bundle import file_problems, read_manifest
-from qncd_deploy.cli.options import backend_option, bundle_argument, json_option, print_json, remainder_option
+from qncd_deploy.cli.options import (
+    backend_option,
+    bundle_argument,
+    engine_dir_option,
+    json_option,
+    print_json,
+    remainder_option,
+)
 from qncd_deploy.correct.record import load_tables
-from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, find_backend
-from qncd_deploy.errors import BundleError
+from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, default_backend, find_backend
+from qncd_deploy.engines.stored import load_stored
+from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts
+from qncd_deploy.errors import BundleError, EngineError
 from qncd_deploy.runtime import Bundle
 
 
@@ -24,18 +35,27 @@ from qncd_deploy.runtime import Bundle
 @bundle_argument
 @backend_option
 @remainder_option
-@click.option("--kernels", is_flag=True, help="Compile the network and show what really runs (openvino).")
+@click.option(
+    "--kernels",
+    is_flag=True,
+    help="Show what really runs: of the engines that `qncd build` made for TensorRT, else of the network compiled now "
+    "(openvino).",
+)
+@engine_dir_option
 @json_option
 def inspect_command(
-    bundle: Path, backend: str | None, remainder: Remainder | None, kernels: bool, as_json: bool
+    bundle: Path, backend: str | None, remainder: Remainder | None, kernels: bool, engine_dir: Path, as_json: bool
 ) -> None:
-    """List the layers by bits with scales and reasons, and the corrections that are fitted."""
+    """List the layers by bits with scales and reasons, the corrections that are fitted, the engines that are built."""
     opened = Bundle.open(bundle)
     plan, manifest = opened.plan, opened.manifest
-    found = _kernels(opened, backend, remainder) if kernels else []
+    engines = _engines(engine_dir / bundle.resolve().name, backend)
+    compiles = kernels and find_backend(backend or default_backend()).device == "cpu"
+    found = _kernels(opened, backend, remainder) if compiles else []
     corrections = _corrections(opened)
     if as_json:
-        print_json({"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found})
+        facts = {"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found}
+        print_json({**facts, "engines": {path.name: asdict(engine) for path, engine in engines.items()}})
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("layer", "op", "shape", "bits", "act scale", "SQNR dB", "why"):
@@ -52,7 +72,28 @@ def inspect_command(
             f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}"
         )
     for kernel in found:
-        console.print(f"{kernel['count']:5d}  {kernel['precision']:6}  {kernel['op']:28}  {kernel['implementation']}")
+        console.print(_kernel_line(**kernel))
+    for path, engine in engines.items():
+        console.print(f"engine {path.name}: {engine.table.line()}")
+        for layer in engine.table.missed:
+            console.print(f"    planned quantized, but runs in {layer}")
+        for kernel in engine.table.kernels if kernels else ():
+            console.print(_kernel_line(**asdict(kernel)))
+
+
+def _kernel_line(*, op: str, precision: str, implementation: str, count: int) -> str:
+    return f"{count:5d}  {precision:6}  {op:28}  {implementation}"
+
+
+def _engines(folder: Path, backend: str | None) -> dict[Path, EngineFacts]:
+    """TensorRT engines that `qncd build` made of a bundle and that are whole, of one backend or of all."""
+    found = {}
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        with suppress(EngineError):  # not whole: `qncd build` makes it again, and says so
+            _, facts = load_stored(path, EngineFacts.from_json)
+            if backend in (None, facts.backend):
+                found[path] = facts
+    return found
 
 
 def _bits(layer: dict[str, Any]) -> str:

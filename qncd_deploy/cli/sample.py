@@ -1,4 +1,4 @@
-"""qncd build, fit, sample: what runs a bundle; none of it needs torch, diffusers or onnx."""
+"""qncd fit, sample: what runs a bundle; none of it needs torch, diffusers or onnx."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from qncd_deploy.cli.progress import Bars
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
 from qncd_deploy.pictures import check_output, save_pictures
-from qncd_deploy.pipeline.build import build
 from qncd_deploy.pipeline.fit import FitOptions, fit, merge_into
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import parse_labels
@@ -190,38 +189,3 @@ def fit_command(
         return
     figures = ", ".join(f"{name} {value:.4g}" for name, value in fitted.figures.items())
     click.echo(f"{path}  auto = {fitted.choice} (by {fitted.objective}: {figures})")
-
-
-@click.command("build")
-@bundle_argument
-@backend_option
-@remainder_option
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: as `qncd sample`]")
-@threads_option
-@engine_dir_option
-@json_option
-def build_command(
-    bundle: Path,
-    backend: str | None,
-    remainder: Remainder | None,
-    batch_size: int | None,
-    threads: int | None,
-    engine_dir: Path,
-    as_json: bool,
-) -> None:
-    """Compile a bundle's network for this machine, so that `qncd sample` starts at once.
-
-    A second build with nothing changed does nothing.
-    """
-    built = build(
-        Bundle.open(bundle),
-        engine_dir / bundle.resolve().name,
-        backend=backend or default_backend(),
-        remainder=remainder,
-        batch_size=batch_size,
-        threads=threads,
-    )
-    if as_json:
-        print_json(built.to_json())
-    else:
-        click.echo(built.line())

@@ -1,27 +1,68 @@
-"""Compile a bundle's network for this machine and keep the result; no torch."""
+"""Compile a bundle's networks, for this machine or ahead of time for others, and keep the results; no torch."""
 
 from __future__ import annotations
 
 import platform
 import re
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.base import Remainder, backend_status, find_backend, make_engine_id
-from qncd_deploy.errors import EngineError
+from qncd_deploy.engines.eps_model import fixed_rows, input_shapes
+from qncd_deploy.engines.trt.build import build as build_engine
+from qncd_deploy.engines.trt.build import graph_specs
+from qncd_deploy.engines.trt.device import Device, find_device
+from qncd_deploy.engines.trt.library import Library, open_library
+from qncd_deploy.engines.trt.options import TARGETS, BuildOptions, Hardware, check_options, trtexec_line
+from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts, held_engine, save_engine
+from qncd_deploy.errors import BackendMissing, EngineError, UsageError
+from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.runtime import Bundle
+from qncd_deploy.sampler import default_batch
+from qncd_deploy.specs import TensorSpec
+
+FLAVOURS = ("tensorrt", "tensorrt-rtx")
+
+Size = tuple[int, int]
+"""Width and height of a picture."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build, and for whom.
+
+    remainder: None for the backend's own;  batches: pictures at a time, () for the sampler's own;  threads: of a CPU.
+    For TensorRT alone: sizes of the pictures, () for the network's own;  targets ... version_compatible: as in
+    BuildOptions.
+    """
+
+    backend: str
+    remainder: Remainder | None = None
+    batches: tuple[int, ...] = ()
+    threads: int | None = None
+    sizes: tuple[Size, ...] = ()
+    targets: tuple[str, ...] = ()
+    level: int | None = None
+    workspace: int | None = None
+    hardware: Hardware = "none"
+    version_compatible: bool = False
 
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled engine. seconds: None if it was there already, made of the same graph for this machine."""
+    """A compiled engine. runs: what it computes in, in words;  missed: planned layers that run otherwise;
+    seconds: None if it was there already, made of the same graph for the same machine.
+    """
 
     path: Path
     bytes: int
     integer_kernels: int
     planned_layers: int
+    runs: str
+    missed: tuple[str, ...]
     seconds: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -29,40 +70,171 @@ class Built:
 
     def line(self) -> str:
         how = "up to date" if self.seconds is None else f"built in {self.seconds:.1f} s"
-        runs = f"{self.planned_layers} layers planned in INT8, {self.integer_kernels} kernels run on integers"
-        return f"{self.path}  {self.bytes / 2**20:.1f} MiB  {how}  {runs}"
+        return f"{self.path}  {self.bytes / 2**20:.1f} MiB  {how}  {self.runs}"
 
 
-def build(
-    bundle: Bundle,
-    folder: Path,
-    *,
-    backend: str,
-    remainder: Remainder | None = None,
-    batch_size: int | None = None,
-    threads: int | None = None,
-) -> Built:
-    """Write FOLDER/ENGINE-VERSION-DEVICE-bN.blob and its .json, unless they are there and still right.
+def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress) -> tuple[Built, ...]:
+    """Write to FOLDER what is not there yet, or is there for something else; the network first.
 
-    Raises: EngineError for a backend that compiles nothing, BuildFailed if it refuses the graph.
+    Raises: EngineError for a backend that compiles nothing or a GPU that is not there, BuildFailed if it refuses the
+    graph, UsageError for options that the backend does not have.
     """
-    engine_id = make_engine_id(backend, remainder)
+    if request.backend in FLAVOURS:
+        library, device = _library(request)
+        return tuple(_engine(job, library, device, progress) for job in _jobs(bundle, folder, request, library, device))
+    _refuse_gpu_options(request)
+    with progress.stage(f"building for {request.backend}"):
+        return tuple(_blob(bundle, folder, request, batch) for batch in request.batches or (None,))
+
+
+def trtexec_lines(bundle: Bundle, folder: Path, request: BuildRequest) -> tuple[str, ...]:
+    """What the vendor's own tool would be called with for each engine; nothing is built. Raises as build does."""
+    if request.backend not in FLAVOURS:
+        raise UsageError(f"--trtexec: {request.backend} is not TensorRT. Leave it out.")
+    library, device = _library(request)
+    jobs = _jobs(bundle, folder, request, library, device)
+    return tuple(trtexec_line(library, job.graph, job.path, job.options) for job in jobs)
+
+
+def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int | None) -> Built:
+    engine_id = make_engine_id(request.backend, request.remainder)
     planned = sum(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
-    options = {"remainder": remainder, "batch_size": batch_size, "threads": threads, "correction": "off"}
-    version = backend_status(find_backend(backend)).version
-    with bundle.sampler(backend, **options) as sampler:
+    options = {
+        "remainder": request.remainder,
+        "batch_size": batch_size,
+        "threads": request.threads,
+        "correction": "off",
+    }
+    version = backend_status(find_backend(request.backend)).version
+    with bundle.sampler(request.backend, **options) as sampler:
         device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
         path = folder / f"{engine_id}-{version}-{device}-b{sampler.batch_size}.blob"
+        seconds, kernels = None, None
         if path.exists():
             try:
-                with bundle.sampler(backend, blobs=[path], **options) as held:
-                    kernels = sum(kernel.count for kernel in held.kernels() if kernel.integer)
-                return Built(path, path.stat().st_size, kernels, planned, None)
+                with bundle.sampler(request.backend, blobs=[path], **options) as held:
+                    kernels = held.kernels()
             except EngineError:
                 pass  # of another graph, library or device: made again below
-        folder.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        sampler.save_blob(path)
-        seconds = time.perf_counter() - started
-        kernels = sum(kernel.count for kernel in sampler.kernels() if kernel.integer)
-    return Built(path, path.stat().st_size, kernels, planned, seconds)
+        if kernels is None:
+            started = time.perf_counter()
+            sampler.save_blob(path)
+            seconds, kernels = time.perf_counter() - started, sampler.kernels()
+    count = sum(kernel.count for kernel in kernels if kernel.integer)
+    runs = f"{planned} layers planned in INT8, {count} kernels run on integers"
+    return Built(path, path.stat().st_size, count, planned, runs, (), seconds)
+
+
+def _refuse_gpu_options(request: BuildRequest) -> None:
+    for name in ("sizes", "targets", "level", "workspace", "hardware", "version_compatible"):
+        if getattr(request, name) != BuildRequest.__dataclass_fields__[name].default:
+            raise UsageError(f"{_OPTIONS.get(name, '--' + name)}: {request.backend} does not have it. Leave it out.")
+
+
+_OPTIONS = {
+    "targets": "--target",
+    "hardware": "--hardware-compatibility",
+    "version_compatible": "--version-compatible",
+}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One engine to build: of which graph, where to, how; facts: what it will be."""
+
+    graph: Path
+    path: Path
+    options: BuildOptions
+    facts: EngineFacts
+
+
+def _library(request: BuildRequest) -> tuple[Library, Device | None]:
+    """The library, and the GPU that it is to build for; None to build ahead of time."""
+    if request.threads is not None:
+        raise UsageError(f"--threads: {request.backend} runs on the GPU. Leave it out.")
+    library = open_library("tensorrt" if request.backend == "tensorrt" else "tensorrt-rtx")
+    if request.targets:
+        return library, None
+    try:
+        return library, find_device()
+    except BackendMissing as exc:
+        if not library.ahead_of_time:
+            raise
+        raise UsageError(
+            f"--target: there is no GPU here to build for. Name those it is for, of {', '.join(TARGETS)}."
+        ) from exc
+
+
+def _jobs(
+    bundle: Bundle, folder: Path, request: BuildRequest, library: Library, device: Device | None
+) -> Iterator[_Job]:
+    """The network and, if there is one, the decoder."""
+    cache = (
+        None if device is None else folder.parent / f"timing-{request.backend}-{library.version_text}-{device.sm}.cache"
+    )
+    targets = request.targets
+    if library.ahead_of_time and device is not None:
+        targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
+    batches = request.batches or (default_batch(bundle.manifest.model.latent_shape),)
+    latents = [_latent(bundle, size) for size in request.sizes] or [tuple(bundle.manifest.model.latent_shape)]
+    suffix = f"b{'+'.join(map(str, batches))}"
+    if request.sizes:
+        suffix += "-" + "+".join(f"{width}x{height}" for width, height in request.sizes)
+    unet = find_backend(request.backend).role(request.remainder)
+    for role in (unet, "decoder"):
+        if role not in bundle.manifest.roles and role == "decoder":
+            continue
+        graph = bundle.file(role)
+        inputs, _ = graph_specs(library, graph)
+        shapes = (_shapes(bundle, role, inputs, batch, latent) for batch in batches for latent in latents)
+        options = BuildOptions(
+            profiles=tuple(shapes),
+            targets=targets,
+            level=request.level,
+            workspace=request.workspace,
+            hardware=request.hardware,
+            version_compatible=request.version_compatible,
+            timing_cache=cache,
+        )
+        check_options(library, options)
+        facts = EngineFacts.of(library, device, options, source=bundle.graph_id(role))
+        engine_id = make_engine_id(request.backend, "f32" if role == "decoder" else request.remainder)
+        part = "-decoder" if role == "decoder" else ""
+        yield _Job(graph, folder / f"{engine_id}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
+
+
+def _latent(bundle: Bundle, size: Size) -> tuple[int, ...]:
+    """Shape of the latent of a picture. Raises UsageError for a size that has none."""
+    channels, rows, _ = bundle.manifest.model.latent_shape
+    image = bundle.manifest.model.image_shape
+    factor = 1 if image is None else image[1] // rows
+    width, height = size
+    if width % factor or height % factor:
+        raise UsageError(f"--sizes {width}x{height}: width and height must be multiples of {factor}.")
+    return channels, height // factor, width // factor
+
+
+def _shapes(
+    bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int, latent: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Input shapes of a graph for a full batch: guidance asks the network for every picture twice, the decoder once."""
+    if role == "decoder":
+        (spec,) = inputs.values()
+        return {spec.name: (fixed_rows(spec) or batch, *latent)}
+    rows = batch if bundle.guidance() == 1 else 2 * batch
+    embedding = bundle.class_embedding
+    return input_shapes(inputs, rows=rows, state=latent, tokens=() if embedding is None else embedding.shape[1:])
+
+
+def _engine(job: _Job, library: Library, device: Device | None, progress: Progress) -> Built:
+    facts, seconds = held_engine(job.path, job.facts), None
+    if facts is None:
+        memory = None if device is None else device.memory
+        with progress.stage(f"building {job.graph.name}") as tick:
+            started = time.perf_counter()
+            built = build_engine(library, job.graph, job.options, memory=memory, on_progress=tick)
+            facts = save_engine(job.path, built, job.facts)
+            seconds = time.perf_counter() - started
+    table = facts.table
+    size = job.path.stat().st_size
+    return Built(job.path, size, table.integer_kernels, table.planned, table.line(), table.missed, seconds)

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qncd_deploy.engines.base import Kernel
@@ -101,12 +101,12 @@ class KernelTable:
     one kernel with their products.
     """
 
-    kernels: tuple[Kernel, ...]
-    planned: int
-    missed: tuple[str, ...]
-    float_products: tuple[str, ...]
-    attentions: int
-    fused: int
+    kernels: tuple[Kernel, ...] = ()
+    planned: int = 0
+    missed: tuple[str, ...] = ()
+    float_products: tuple[str, ...] = ()
+    attentions: int = 0
+    fused: int = 0
 
     @property
     def integer_kernels(self) -> int:
@@ -133,9 +133,6 @@ class KernelTable:
             "float_products": tuple(data["float_products"]),
         }
         return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def demands_of(library: Library, network: Any) -> Demands:

@@ -8,7 +8,7 @@ tensorrt-f32-10.3.0-sm87-decoder-b16.engine         another graph of the bundle
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class EngineFacts:
 
     source: hash of the graph and its weights;  version: of the library;  device: name of the GPU that it was built on,
     None if ahead of time;  targets: compute capabilities that it was built for;  profiles, level, workspace, hardware,
-    version_compatible: as in BuildOptions, as asked for;  table: None while it is not built.
+    version_compatible: as in BuildOptions, as asked for;  table: empty while it is not built.
     """
 
     source: str
@@ -42,7 +42,7 @@ class EngineFacts:
     workspace: int | None
     hardware: Hardware
     version_compatible: bool
-    table: KernelTable | None = None
+    table: KernelTable = field(default_factory=KernelTable)
 
     @classmethod
     def of(cls, library: Library, device: Device | None, options: BuildOptions, *, source: str) -> EngineFacts:

@@ -1,0 +1,181 @@
+"""qncd build: compile a bundle's networks, here or ahead of time; none of it needs torch, diffusers or onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qncd_deploy.cli.options import (
+    backend_option,
+    bundle_argument,
+    engine_dir_option,
+    json_option,
+    print_json,
+    remainder_option,
+    threads_option,
+    together,
+)
+from qncd_deploy.cli.progress import Bars
+from qncd_deploy.engines.base import Remainder, default_backend
+from qncd_deploy.engines.trt.options import TARGETS, Hardware
+from qncd_deploy.pipeline.build import BuildRequest, Size, build, trtexec_lines
+from qncd_deploy.runtime import Bundle
+
+
+class _Numbers(click.ParamType):
+    """N,N,... as a tuple."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r}: expected whole numbers from 1, with commas.", param, ctx)
+        return tuple(dict.fromkeys(map(int, parts)))
+
+
+class _Sizes(click.ParamType):
+    """WIDTHxHEIGHT,... as a tuple of pairs."""
+
+    name = "WxH,WxH,..."
+
+    def convert(
+        self, value: str | tuple[Size, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Size, ...]:
+        if isinstance(value, tuple):
+            return value
+        pairs = [part.split("x") for part in value.split(",")]
+        if not all(len(pair) == 2 and all(side.isdecimal() and int(side) for side in pair) for pair in pairs):
+            self.fail(f"{value!r}: expected sizes such as 512x512,768x512.", param, ctx)
+        return tuple(dict.fromkeys((int(width), int(height)) for width, height in pairs))
+
+
+class _Targets(click.ParamType):
+    """smNN,smNN,... as a tuple; which of them there are is for the library to say."""
+
+    name = "smNN,smNN,..."
+
+    def convert(
+        self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(dict.fromkeys(value.lower().split(",")))
+
+
+_tensorrt_options = together(
+    click.option(
+        "--target",
+        "targets",
+        type=_Targets(),
+        default=(),
+        show_default=False,
+        help=f"tensorrt-rtx: GPUs to build for, of {', '.join(TARGETS)}; none needs to be here.  [default: this GPU's]",
+    ),
+    click.option(
+        "--sizes",
+        type=_Sizes(),
+        default=(),
+        show_default=False,
+        help="TensorRT: sizes of the pictures, one profile each, for a graph that leaves them free.  "
+        "[default: the network's own]",
+    ),
+    click.option(
+        "--level",
+        type=click.IntRange(0, 5),
+        help="TensorRT: how long to search for fast kernels.  [default: the library's, 3]",
+    ),
+    click.option(
+        "--workspace",
+        "workspace_mib",
+        type=click.IntRange(1),
+        metavar="MIB",
+        help="TensorRT: MiB that a kernel may use for scratch.  [default: all there is]",
+    ),
+    click.option(
+        "--hardware-compatibility",
+        "hardware",
+        type=click.Choice(["none", "ampere-plus", "same-compute-capability"]),
+        default="none",
+        help="tensorrt: which other GPUs the engine is to run on, more slowly.",
+    ),
+    click.option(
+        "--version-compatible", is_flag=True, help="tensorrt: the engine is to run in later versions, more slowly."
+    ),
+    click.option(
+        "--trtexec", is_flag=True, help="TensorRT: print the vendor's commands for the same engines, build nothing."
+    ),
+)
+
+
+@click.command("build")
+@bundle_argument
+@backend_option
+@remainder_option
+@click.option(
+    "--batch",
+    "--batch-size",
+    "batches",
+    type=_Numbers(),
+    default=(),
+    show_default=False,
+    help="Pictures at a time; several are profiles of one TensorRT engine.  [default: as `qncd sample`]",
+)
+@_tensorrt_options
+@threads_option
+@engine_dir_option
+@json_option
+def build_command(
+    bundle: Path,
+    backend: str | None,
+    remainder: Remainder | None,
+    batches: tuple[int, ...],
+    targets: tuple[str, ...],
+    sizes: tuple[Size, ...],
+    level: int | None,
+    workspace_mib: int | None,
+    hardware: Hardware,
+    version_compatible: bool,
+    trtexec: bool,
+    threads: int | None,
+    engine_dir: Path,
+    as_json: bool,
+) -> None:
+    """Compile a bundle's networks, so that `qncd sample` starts at once.
+
+    openvino: for this machine. tensorrt: for this machine's GPU. tensorrt-rtx: for GPUs named with --target, without
+    having one. A second build with nothing changed does nothing.
+    """
+    opened = Bundle.open(bundle)
+    folder = engine_dir / bundle.resolve().name
+    request = BuildRequest(
+        backend or default_backend(),
+        remainder=remainder,
+        batches=batches,
+        threads=threads,
+        sizes=sizes,
+        targets=targets,
+        level=level,
+        workspace=None if workspace_mib is None else workspace_mib << 20,
+        hardware=hardware,
+        version_compatible=version_compatible,
+    )
+    if trtexec:
+        lines = trtexec_lines(opened, folder, request)
+        if as_json:
+            print_json({"commands": lines})
+        else:
+            click.echo("\n".join(lines))
+        return
+    engines = build(opened, folder, request, Bars())
+    if as_json:
+        every = [engine.to_json() for engine in engines]
+        print_json({**every[0], "engines": every})
+        return
+    for engine in engines:
+        click.echo(engine.line())
+        for layer in engine.missed:
+            click.echo(f"  planned quantized, but runs in {layer}")
