@@ -153,7 +153,7 @@ def test_extra_calls_of_a_correction_are_counted_once_a_trajectory() -> None:
 
 
 def test_feature_figures_are_of_all_pictures_and_against_the_right_side() -> None:
-    data = Moments(np.array([0.1, 0.2, 0.3]), np.eye(3))
+    data = Moments.from_cov(np.array([0.1, 0.2, 0.3]), np.eye(3))
     reference = Reference(Path("reference.npz"), data)
     engine = Corner()
     draw = Draw(12, labels=(4, 0, 9))

@@ -104,8 +104,8 @@ def test_frechet_distance_agrees_with_scipys_matrix_square_root(n: int) -> None:
 def test_frechet_distance_has_its_closed_form_on_commuting_covariances() -> None:
     deviations, others = np.array([3.0, 2.0, 0.0]), np.array([1.0, 2.0, 0.5])
     rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))
-    a = Moments(np.zeros(3), rotation @ np.diag(deviations**2) @ rotation.T)
-    b = Moments(np.array([0.0, 1.0, 2.0]), rotation @ np.diag(others**2) @ rotation.T)
+    a = Moments.from_cov(np.zeros(3), rotation @ np.diag(deviations**2) @ rotation.T)
+    b = Moments.from_cov(np.array([0.0, 1.0, 2.0]), rotation @ np.diag(others**2) @ rotation.T)
     assert frechet_distance(a, b) == pytest.approx(5 + 4 + 0 + 0.25, rel=1e-12)
     assert frechet_distance(b, a) == pytest.approx(9.25, rel=1e-12)
 
@@ -126,9 +126,9 @@ def test_fewer_pictures_than_features_lose_no_digits(n: int) -> None:
 def test_moments_are_those_of_numpy_and_of_one_feature_too() -> None:
     a = correlated(50, 3, seed=0)
     moments = Moments.of(a)
-    np.testing.assert_allclose(
-        moments.root.T @ moments.root, np.cov(a.T), rtol=0, atol=1e-12 * np.abs(np.cov(a.T)).max()
-    )
+    atol = 1e-12 * np.abs(np.cov(a.T)).max()
+    np.testing.assert_allclose(moments.cov, np.cov(a.T), rtol=0, atol=atol)
+    np.testing.assert_allclose(Moments.from_cov(moments.mean, np.cov(a.T)).cov, np.cov(a.T), rtol=0, atol=atol)
     assert Moments.of(a[:, :1]).cov.shape == (1, 1)
 
 

@@ -142,12 +142,15 @@ def draw_batch(
     def on_state(state: State) -> None:
         nonlocal extra_calls
         extra_calls = max(extra_calls, state.extra_calls)
+        tick(len(state.x))
+        if not job.traced:
+            return
+        here = sampler.on_host(state)
         if job.exact is not None and free is not None:
             exact = job.exact.x[state.call]
-            free[:, state.call] = power(exact), power(state.x - exact)
-        elif job.traced:
-            states.append((state.x_in, state.raw, state.x))
-        tick(len(state.x))
+            free[:, state.call] = power(exact), power(here.x - exact)
+        else:
+            states.append((here.x_in, here.raw, here.x))
 
     pictures = sampler.sample(job.indices, labels=draw.labels, seed=draw.seed, batch_size=job.size, on_state=on_state)
     return Batch(

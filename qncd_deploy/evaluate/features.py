@@ -161,7 +161,7 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], prefix: str) -> Moments 
         raise BundleError(
             f"{path}: not a feature reference: expected `{prefix}mean` (d,) and `{prefix}cov` (d, d), finite."
         )
-    return Moments(mean.astype(np.float64), cov.astype(np.float64))
+    return Moments.from_cov(mean, cov)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -74,30 +73,38 @@ def decibels(signal: float, noise: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean (d,) and covariance (d, d), float64, of a set of features: all that a Frechet distance asks of it."""
+    """Mean (d,) and covariance F^T F of a set of features, F (r, d), float64: all that a Frechet distance asks of it."""
 
     mean: np.ndarray
-    cov: np.ndarray
+    root: np.ndarray
 
     @classmethod
     def of(cls, features: np.ndarray) -> Moments:
         """features (N, d), N > 1; the covariance divides by N - 1, as np.cov and published FID code do."""
         features = np.asarray(features, np.float64)
-        return cls(features.mean(axis=0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:]))
+        n, d = features.shape
+        mean = features.mean(axis=0)
+        root: np.ndarray = (features - mean) / math.sqrt(n - 1)
+        return cls(mean, np.linalg.qr(root, mode="reduced").R if n > d else root)
 
-    @cached_property
-    def root(self) -> np.ndarray:
-        """F (d, d) with F^T F = cov, by its symmetric eigen-decomposition."""
-        values, vectors = np.linalg.eigh(self.cov)
+    @classmethod
+    def from_cov(cls, mean: np.ndarray, cov: np.ndarray) -> Moments:
+        """cov (d, d), symmetric: taken apart by its eigen-decomposition."""
+        values, vectors = np.linalg.eigh(cov.astype(np.float64))
         # what is left of zero eigenvalues after rounding would enter the distance as its square root
         floor = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
-        root: np.ndarray = np.sqrt(np.where(values > floor, values, 0))[:, None] * vectors.T
-        return root
+        return cls(mean.astype(np.float64), np.sqrt(np.where(values > floor, values, 0))[:, None] * vectors.T)
+
+    @property
+    def cov(self) -> np.ndarray:
+        return self.root.T @ self.root
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians: what is published as FID. 0 for equal moments."""
-    return _frechet(a.mean, a.root, b.mean, b.root)
+    common = np.linalg.svd(a.root @ b.root.T, compute_uv=False).sum()
+    spread = power(a.root) + power(b.root) - 2 * float(common)
+    return max(0.0, power(a.mean - b.mean) + spread)
 
 
 def shift(features: np.ndarray, reference: np.ndarray) -> float:
@@ -106,9 +113,7 @@ def shift(features: np.ndarray, reference: np.ndarray) -> float:
     Paired sets share their sampling noise, so it is near 0 for near-identical pictures at any N, where FID is not.
     """
     assert features.shape == reference.shape and len(features) > 1, "features do not pair up"
-    parts = (np.asarray(part, np.float64) for part in (features, reference))
-    (mean, root), (reference_mean, reference_root) = map(_mean_and_root, parts)
-    return _frechet(mean, root, reference_mean, reference_root)
+    return frechet_distance(Moments.of(features), Moments.of(reference))
 
 
 def feature_errors(features: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -160,8 +165,9 @@ class Estimate:
 
 
 def frechet_work(n: int, width: int) -> float:
-    """Multiplications that a Frechet distance of n features takes, about: a covariance and two decompositions."""
-    return n * width**2 + 20 * min(n, width) * width**2
+    """Multiplications that a Frechet distance of n features takes, about: two decompositions, of the features and of
+    the product of two roots."""
+    return 2 * n * width * min(n, width) + 10 * min(n, width) ** 2 * width
 
 
 def resamples_for(work: float) -> int:
@@ -187,22 +193,6 @@ def bootstrap(
     tail = 50 * (1 - level)
     low, high = np.percentile(found, [tail, 100 - tail]) - found.mean() + value
     return Estimate(value, float(low), float(high), n)
-
-
-def _frechet(mean: np.ndarray, root: np.ndarray, other_mean: np.ndarray, other_root: np.ndarray) -> float:
-    common = np.linalg.svd(root @ other_root.T, compute_uv=False).sum()
-    spread = power(root) + power(other_root) - 2 * float(common)
-    return max(0.0, power(mean - other_mean) + spread)
-
-
-def _mean_and_root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and F with F^T F = covariance, F having min(N, d) rows."""
-    n, d = features.shape
-    mean = features.mean(axis=0)
-    root: np.ndarray = (features - mean) / math.sqrt(n - 1)
-    if n > d:
-        root = np.linalg.qr(root, mode="reduced").R
-    return mean, root
 
 
 def _blur(x: np.ndarray) -> np.ndarray:

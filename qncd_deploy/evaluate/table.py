@@ -1,9 +1,9 @@
-"""A comparison for a terminal: a row for each way to run, a column for each figure that there is."""
+"""A comparison for a terminal: every way to run with every figure that there is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
@@ -11,7 +11,7 @@ from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.metrics import Estimate
 
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
+_ESTIMATES: tuple[tuple[str, str, str], ...] = (
     ("shift", "shift", ".2g"),
     ("psnr", "PSNR dB", ".2f"),
     ("ssim", "SSIM", ".4f"),
@@ -29,34 +29,36 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 """Figure, heading, digits; those to the float twin first."""
 
 
+_MOST_ACROSS = 5
+"""Ways to run that stand side by side; more are listed one below the other."""
+
+
 def comparison_table(found: Comparison) -> Table:
     """Estimates with half their interval; figures that nothing was measured of are left out."""
-    rows = (found.reference, *found.variants)
+    ways = (found.reference, *found.variants)
     table = Table(
         title=f"{found.reference.n} pictures from {found.reference.first} on, seed {found.reference.seed}, "
         f"{found.reference.calls} network calls each",
-        caption="shift to recall: to the float twin's pictures of the same seeds. FID falls when noise is added: never "
-        "choose by it. ±: half of a 95 % bootstrap interval",
+        caption="Figures up to recall: to the float twin's pictures of the same seeds. FID falls when noise is added: "
+        "never choose by it. ±: half of a 95 % bootstrap interval.",
     )
-    table.add_column("", no_wrap=True)
-    table.add_column("engine", no_wrap=True)
-    table.add_column("correction")
-    shown = [column for column in _COLUMNS if any(getattr(row, column[0]) is not None for row in rows)]
-    for _, heading, _ in shown:
-        table.add_column(heading, justify="right")
-    series = [each for each in _SERIES if any(each[1](row) for row in rows)]
-    for heading, _ in series:
-        table.add_column(heading, justify="right")
+    lines = [["", *(way.name for way in ways)], ["engine", *(way.engine for way in ways)]]
+    lines.append(["correction", *(_correction(way) for way in ways)])
+    for name, heading, digits in _ESTIMATES:
+        lines.append([heading, *(_interval(getattr(way, name), digits) for way in ways)])
+    for name, heading, words in _SERIES:
+        lines.append([heading, *(words(series) if (series := getattr(way, name)) else "" for way in ways)])
+    lines = [line for line in lines if any(line[1:])]
+    headings, *rows = lines if len(found.variants) <= _MOST_ACROSS else zip(*lines, strict=True)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
-        extra = f" (+{row.extra_calls} calls)" if row.extra_calls else ""
-        table.add_row(
-            row.name,
-            row.engine,
-            row.correction + extra,
-            *(_interval(getattr(row, name), digits) for name, _, digits in shown),
-            *(words(row) for _, words in series),
-        )
+        table.add_row(*row)
     return table
+
+
+def _correction(way: Figures) -> str:
+    return way.correction + (f" (+{way.extra_calls} calls)" if way.extra_calls else "")
 
 
 def _interval(found: Estimate | None, digits: str) -> str:
@@ -66,19 +68,20 @@ def _interval(found: Estimate | None, digits: str) -> str:
     return f"{found.value:{digits}}" + (f" ± {half:.1g}" if half else "")
 
 
-def _ends(values: tuple[float, ...]) -> str:
+def _ends(values: Sequence[float]) -> str:
     """First and last of a series of decibels."""
     return " .. ".join("exact" if math.isinf(value) else f"{value:.1f}" for value in (values[0], values[-1]))
 
 
-_SERIES: tuple[tuple[str, Callable[[Figures], str]], ...] = (
-    ("output SNR dB", lambda row: _ends(row.output_snr_db) if row.output_snr_db else ""),
-    ("latent SNR dB", lambda row: _ends(row.latent_snr_db) if row.latent_snr_db else ""),
-    (
-        "latent std / float",
-        lambda row: (
-            f"{min(row.latent_std_ratio):.3f} .. {max(row.latent_std_ratio):.3f}" if row.latent_std_ratio else ""
-        ),
-    ),
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest of the channels."""
+    return f"{min(values):.3g} .. {max(values):.3g}"
+
+
+_SERIES: tuple[tuple[str, str, Callable[[Sequence[float]], str]], ...] = (
+    ("output_snr_db", "output SNR dB, first .. last call", _ends),
+    ("latent_snr_db", "latent SNR dB, first .. last call", _ends),
+    ("latent_mean_error", "latent mean - float's, in its std", _range),
+    ("latent_std_ratio", "latent std / float's", _range),
 )
-"""Heading, and what is shown of a figure that has a value for every call or channel."""
+"""Figure that has a value for every call or channel, heading, and what is shown of it."""

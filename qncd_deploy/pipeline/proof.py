@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qncd_deploy.engines.base import default_backend
@@ -67,22 +69,35 @@ def _rounded(found: Estimate | None) -> float | None:
 
 
 def write_page(bundle: Bundle, fitted: Mapping[str, Fitted], proof: Proof | None, *, command: str) -> bool:
-    """Write report.html into the bundle, if the libraries of the `report` extra are here; says whether it did."""
+    """Write report.html into the bundle, as write_comparison does."""
+    comparison = None if proof is None else proof.comparison
+    return write_comparison(bundle.path / "report.html", bundle, comparison, fitted, command=command)
+
+
+def write_comparison(
+    path: Path,
+    bundle: Bundle,
+    comparison: Comparison | None,
+    fitted: Mapping[str, Fitted] = MappingProxyType({}),
+    *,
+    command: str,
+) -> bool:
+    """Write a page about a bundle, if the libraries of the `report` extra are here; says whether it did."""
     try:
         from qncd_deploy.evaluate.report import CorrectionChoice, ReportData, write_report
     except ImportError:
         return False
     manifest = bundle.manifest
-    graphs = [manifest.roles[role] for role in ("float", "master", "trt", "ort")]
+    graphs = [manifest.roles[role] for role in ("float", "master", "trt", "ort") if role in manifest.roles]
     data = ReportData(
         manifest=manifest,
         layers=bundle.plan["layers"],
         graph_bytes={name: graph_bytes(bundle.path / name) for name in graphs},
         command=command,
-        comparison=None if proof is None else proof.comparison,
+        comparison=comparison,
         corrections=[
             CorrectionChoice(engine, each.choice, each.objective, each.figures) for engine, each in fitted.items()
         ],
     )
-    write_report(bundle.path / "report.html", data)
+    write_report(path, data)
     return True
