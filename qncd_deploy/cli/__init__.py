@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from qncd_deploy.cli import bench, build, export, look, sample
+from qncd_deploy.cli import eval as evaluation
 from qncd_deploy.errors import GateFailed, QncdError, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -29,6 +30,7 @@ for _command in (
     build.build_command,
     sample.fit_command,
     sample.sample_command,
+    evaluation.eval_command,
     bench.bench_command,
     look.inspect_command,
     look.verify_command,

@@ -1,0 +1,148 @@
+"""What `qncd eval` does: several corrections of one bundle beside its float twin, kept on the way; figures and page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qncd_deploy.engines.base import Remainder, default_backend
+from qncd_deploy.errors import BackendMissing, BundleError, UsageError
+from qncd_deploy.evaluate.batches import Draw
+from qncd_deploy.evaluate.compare import Comparison, Look, compare
+from qncd_deploy.evaluate.crew import Crew, Solo
+from qncd_deploy.evaluate.perceptual import load_lpips
+from qncd_deploy.evaluate.store import Store
+from qncd_deploy.evaluate.variants import Variant, fitted_methods
+from qncd_deploy.files import atomic_file, canonical_json
+from qncd_deploy.pipeline.progress import Tick
+from qncd_deploy.pipeline.proof import write_comparison
+from qncd_deploy.runtime import Bundle
+
+ALL = "all"
+"""The correction that stands for auto, off and every one that was fitted."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """corrections: auto, off, fitted methods, ALL;  features, reference: files in place of the bundle's;  work: where
+    batches are kept until the evaluation is done, and afterwards with `keep`;  ray: spread them over processes, those
+    of the cluster at ray_address or of this machine;  tables, blobs: as in Bundle.sampler.
+    """
+
+    draw: Draw
+    work: Path
+    backend: str | None = None
+    remainder: Remainder | None = None
+    corrections: tuple[str, ...] = ("auto", "off")
+    features: Path | None = None
+    reference: Path | None = None
+    keep: bool = False
+    ray: bool = False
+    ray_address: str | None = None
+    tables: tuple[Path, ...] = ()
+    blobs: tuple[Path, ...] = ()
+
+
+def evaluate(bundle: Bundle, options: EvalOptions, tick: Tick) -> Comparison:
+    """Measure every correction, in the order asked for, named as it was asked for.
+
+    Raises: UsageError for a bundle that cannot sample, ScheduleError for a correction that was not fitted for this way
+    to sample, BackendMissing for an absent Ray, and what compare raises.
+    """
+    if bundle.manifest.model.schedule is None:
+        raise UsageError(
+            f"{bundle.path}: has no noise schedule, so it cannot sample. Evaluate it with --data FILE.npz."
+        )
+    look = Look(options.features, options.reference, load_lpips())
+    variants = [_variant(options, correction) for correction in _corrections(bundle, options)]
+    for variant in variants:  # one that was never fitted is refused now, not after hours
+        variant.open(bundle, options.draw).close()
+    with _crew(options) as crew, Store.open(options.work, [bundle], keep=options.keep) as store:
+        return compare(bundle, variants, options.draw, look=look, store=store, crew=crew, on_progress=tick)
+
+
+def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison) -> dict[str, Any]:
+    """The figures and what they are of, in plain values."""
+    draw = options.draw
+    config = bundle.sampler_config(scheduler=draw.scheduler, n_steps=draw.n_steps, eta=draw.eta)
+    return {
+        "bundle": bundle.path.resolve().name,
+        "pictures": draw.count,
+        "seed": draw.seed,
+        "first": draw.first,
+        "labels": draw.labels,
+        "scheduler": config.scheduler,
+        "n_steps": config.n_steps,
+        "eta": config.eta,
+        "guidance_scale": bundle.guidance(draw.guidance_scale),
+        "features": None if options.features is None else options.features.name,
+        **comparison.to_json(),
+    }
+
+
+def check_evaluation_output(out: Path) -> None:
+    """Refuse what write_json could not write, before anything is sampled. Raises as that does."""
+    if out.suffix not in ("", ".json") and not out.is_dir():
+        raise UsageError(f"{out}: neither a .json file nor a folder. Name one of these after -o.")
+    if not out.parent.is_dir():
+        raise BundleError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
+
+
+def write_evaluation(out: Path, bundle: Bundle, facts: Mapping[str, Any], found: Comparison, *, command: str) -> None:
+    """As write_json; in a folder report.html too, if the `report` extra is here."""
+    write_json(out, facts)
+    if out.is_dir():
+        write_comparison(out / "report.html", bundle, found, command=command)
+
+
+def write_json(out: Path, facts: Mapping[str, Any]) -> None:
+    """Write a .json file, or eval.json in a folder, made if need be.
+
+    Raises: UsageError for another suffix, BundleError if the parent is missing or cannot be written.
+    """
+    check_evaluation_output(out)
+    if out.suffix != ".json" or out.is_dir():
+        out.mkdir(exist_ok=True)
+        out = out / "eval.json"
+    with atomic_file(out) as partial:
+        partial.write_text(canonical_json(facts), encoding="utf-8")
+
+
+def _corrections(bundle: Bundle, options: EvalOptions) -> list[str]:
+    """As asked for, ALL spelled out, none twice."""
+    found = list(options.corrections)
+    if ALL in found:
+        with _variant(options, "off").open(bundle, options.draw) as sampler:
+            fitted = fitted_methods(bundle, sampler.table.key, options.tables)
+        place = found.index(ALL)
+        found[place : place + 1] = ["auto", "off", *fitted]
+    return list(dict.fromkeys(found))
+
+
+def _variant(options: EvalOptions, correction: str) -> Variant:
+    return Variant(
+        correction,
+        options.backend or default_backend(),
+        correction=correction,
+        remainder=options.remainder,
+        tables=options.tables,
+        blobs=options.blobs,
+    )
+
+
+@contextmanager
+def _crew(options: EvalOptions) -> Iterator[Crew]:
+    if not options.ray:
+        if options.ray_address is not None:
+            raise UsageError(f"--ray-address {options.ray_address}: give --workers ray with it.")
+        yield Solo()
+        return
+    try:
+        from qncd_deploy.evaluate.ray_crew import RayCrew
+    except ImportError as exc:
+        raise BackendMissing("ray: not installed. Install it: pip install 'qncd-deploy[ray]'") from exc
+    with RayCrew(address=options.ray_address, threads=options.draw.threads or 1) as crew:
+        yield crew
