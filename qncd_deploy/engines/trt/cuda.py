@@ -25,7 +25,7 @@ from qncd_deploy.engines.trt.device import Device, find_device
 from qncd_deploy.errors import BackendMissing, EngineError, first_line
 from qncd_deploy.specs import Array
 
-INSTALL = "pip install 'qncd-deploy[tensorrt]', on a Jetson 'qncd-deploy[jetson]'"
+INSTALL = "pip install 'qncd-deploy[cuda]', on a Jetson 'qncd-deploy[jetson]'"
 
 
 @cache
