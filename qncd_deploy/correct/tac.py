@@ -17,9 +17,12 @@ public. `tac:paper` has NER as SegQuant's public code re-implements it, with the
     mask      in use only, q > thr mean|q|: never negative ones   in fit and use, |q| >= thr mean|q|
     IBC       plain means                                         means shrunk by their error
 
-(That code's own treatment of the state stores noise predictions in its place, so IBC is ours in both.) With l1 = l2 =
-thr = 0, K is the least-squares slope through the origin. Corrections act on input and output alone, so any sampler
-takes them; the statistics are of the sampler at hand.
+(That code's own treatment of the state stores noise predictions in its place, so IBC is ours in both.) Its K hangs on
+the smallest |e| of each plane, where q is mostly quantization noise: with 4-bit weights rounded to nearest, DDIM and
+eta 0, the demo's latents came out 20 dB further from the float ones than without a correction.
+
+With l1 = l2 = thr = 0, K is the least-squares slope through the origin. Corrections act on input and output alone, so
+any sampler takes them; the statistics are of the sampler at hand.
 """
 
 from __future__ import annotations
