@@ -10,6 +10,10 @@ import pytest
 import torch
 from export_helpers import Arrays, feeds_for, minmax_plan, relative_rms, run, run_torch, saved, traced
 
+from qncd_deploy.engines.trt.build import BuiltEngine, build
+from qncd_deploy.engines.trt.kernels import KernelTable
+from qncd_deploy.engines.trt.library import Library, open_library
+from qncd_deploy.engines.trt.options import BuildOptions
 from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
@@ -20,42 +24,61 @@ from qncd_deploy.export.verify import TENSORRT, verify
 from qncd_deploy.quant.plan import QuantPlan
 
 pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed (x86-64 only)")
-import rtx_build
 
 DEMO = Path(__file__).parents[1] / "calib_data/fashion-ldm"
+TARGETS = ("sm86", "sm89", "sm120")
 
 
-def build_sibling(model: ir.Model, plan: QuantPlan, folder: Path) -> rtx_build.Build:
-    InsertQDQ(plan)(model)
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return open_library("tensorrt-rtx")
+
+
+def build_half(library: Library, model: ir.Model, folder: Path, *, rows: int = 2) -> BuiltEngine:
     HalfRemainder()(model)
-    verify(model, TENSORRT, plan=plan)
     saved({"unet-trt.onnx": model}, folder)
-    shapes = {}
-    for value in model.graph.inputs:
-        fixed = tuple(dim for dim in value.shape if isinstance(dim, int))
-        shapes[value.name] = ((1, *fixed), (2, *fixed), (8, *fixed))
-    return rtx_build.build(folder / "unet-trt.onnx", shapes)
+    shapes = {value.name: tuple(n if isinstance(n, int) else rows for n in value.shape) for value in model.graph.inputs}
+    return build(library, folder / "unet-trt.onnx", BuildOptions((shapes,), TARGETS))
 
 
-def assert_kernels_are_the_plans(build: rtx_build.Build, plan: QuantPlan) -> None:
-    convolutions = Counter(build.convolutions)
-    planned = sum(layer.op == "Conv" for layer in plan.quantized)
-    assert convolutions == {("Int8", "Int8"): planned, ("Half", "Half"): sum(p.op == "Conv" for p in plan) - planned}
-    # Linears that read one edge are merged into one kernel, and attention may keep its probabilities in float32 between
-    # its own two products; what must not be is a product of float32 tensors
-    matmuls = Counter(build.matmuls)
-    assert matmuls[("Int8", "Int8")] >= len({p.input for p in plan.quantized if p.op != "Conv"})
-    assert ("Float", "Float") not in matmuls
+def build_sibling(library: Library, model: ir.Model, plan: QuantPlan, folder: Path) -> BuiltEngine:
+    InsertQDQ(plan)(model)
+    built = build_half(library, model, folder)
+    verify(model, TENSORRT, plan=plan)
+    return built
+
+
+def counts(table: KernelTable, op: str) -> Counter[str]:
+    return Counter({kernel.precision: kernel.count for kernel in table.kernels if kernel.op == op})
+
+
+def assert_kernels_are_the_plans(built: BuiltEngine, plan: QuantPlan) -> None:
+    table = built.table
+    planned = [product.layer for product in built.demands.products if product.planned]
+    assert sorted(planned) == sorted(layer.name for layer in plan.quantized)
+    assert table.planned == len(planned) and table.missed == ()
+    convolutions = sum(layer.op == "Conv" for layer in plan.quantized)
+    assert counts(table, "Convolution") == {"i8": convolutions, "f16": sum(p.op == "Conv" for p in plan) - convolutions}
+    # Linears that read one edge are merged into one kernel
+    assert counts(table, "MatMul")["i8"] >= len({p.input for p in plan.quantized if p.op != "Conv"})
+    assert table.float_products == ()
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("additive", (8, 8)), ("scale-shift", (4, 6))])
-def test_small_networks_build(kind, bits, tmp_path):
+def test_small_networks_build(kind, bits, library, tmp_path):
     _, specs, model = traced(kind)
     feeds = feeds_for(specs, 2)
     factors = {block.conv2: abs(block.gamma) + 0.5 for block in find_resblocks(model)}
     FoldSmoothing(factors)(model)
     plan = minmax_plan(model, feeds, weight_bits=bits[0], act_bits=bits[1])
-    assert_kernels_are_the_plans(build_sibling(model, plan, tmp_path), plan)
+    assert_kernels_are_the_plans(build_sibling(library, model, plan, tmp_path), plan)
+
+
+def test_a_float16_twin_multiplies_no_float32(library, tmp_path):
+    _, _, model = traced("additive")
+    table = build_half(library, model, tmp_path).table
+    assert table.planned == 0 and table.float_products == () and table.integer_kernels == 0
+    assert set(counts(table, "Convolution")) == set(counts(table, "MatMul")) == {"f16"}
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +100,12 @@ def test_demo_graph_equals_its_module(demo):
     assert len(find_resblocks(model)) == sum(type(m).__name__ == "ResnetBlock2D" for m in source.unet.modules())
 
 
-def test_demo_builds(demo, tmp_path):
+def test_demo_builds(demo, library, tmp_path):
+    """W8A8, and the float16 twin beside it: the same attentions stay in one kernel."""
     _, model, feeds = demo
     plan = minmax_plan(model, feeds)
-    assert_kernels_are_the_plans(build_sibling(model.clone(), plan, tmp_path), plan)
+    int8 = build_sibling(library, model.clone(), plan, tmp_path)
+    assert_kernels_are_the_plans(int8, plan)
+    half = build_half(library, model.clone(), tmp_path / "half")
+    assert half.table.float_products == () and half.table.attentions == int8.table.attentions > 0
+    assert half.table.fused == int8.table.fused > 0
