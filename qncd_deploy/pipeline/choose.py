@@ -3,7 +3,8 @@
 1. Every fitted table is tried on the first half of the held-out pictures; the best few and "off" on all of them.
 2. What the best of them lacks is put beside it, where the rules allow that: the mean of the accumulated error taken
    out of the input, per channel or per element; the variance it leaves over spent in another way, or not at all; and
-   it is tried on a part of the calls only. Each of these stays only if it makes the pictures better.
+   it is tried on a part of the calls only. Each stays only if it makes the pictures better, first half of them, then
+   all.
 3. The best is taken if it beats "off" in CONFIDENCE of the bootstrap resamples; else nothing is corrected.
 
 Per-step error never decides: it prefers shrinking the output, which a deterministic sampler turns into pictures that
@@ -12,7 +13,7 @@ are too spread out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,16 +41,21 @@ class Choice:
     wins: Mapping[str, float]
 
 
-def choose(study: Study, fitted: Mapping[str, tuple[StepFix, ...]], arena: Arena) -> Choice:
-    """Let the fitted tables, and what can be made of the best of them, compete."""
+def choose(
+    study: Study, fitted: Mapping[str, tuple[StepFix, ...]], arena: Arena, *, shortlist: Container[str] | None = None
+) -> Choice:
+    """Let the fitted tables, and what can be made of the best of them, compete.
+
+    shortlist: only these enter, such as those that came far on another engine.
+    """
     off = Candidate(OFF, tuple(StepFix() for _ in study.steps))
     half, whole = max(1, len(arena) // 2), len(arena)
-    entrants = [Candidate(name, fixes) for name, fixes in fitted.items()]
+    entrants = [Candidate(name, fixes) for name, fixes in fitted.items() if shortlist is None or name in shortlist]
     finalists = sorted(entrants, key=lambda each: arena.cost(each, half))[:FINALISTS]
     tried = [off, *finalists]
     best = min(tried, key=lambda each: arena.cost(each, whole))
     for kind in (_with_input, _with_other_variance, _on_some_calls):
-        found = list(kind(study, best))
+        found = [each for each in kind(study, best) if arena.cost(each, half) < arena.cost(best, half)]
         tried += found
         best = min([best, *found], key=lambda each: arena.cost(each, whole))
     wins = {each.name: arena.wins(each, off, whole) for each in tried if each is not off}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.bundle import MANIFEST, Manifest, check_files, read_manifest, write_manifest
+from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import (
     BACKENDS,
     backend_status,
@@ -223,19 +224,29 @@ def _output(plan: QuantPlan) -> dict[str, Any]:
 
 
 def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:
-    """Tables for every CPU engine of this machine, by engine id."""
+    """Tables for every CPU engine of this machine, by engine id. The first one's finalists are the others' entrants:
+    which corrections suit a network depends little on who runs it, how large they must be does.
+    """
     methods = None if options.correction == "auto" else (options.correction,)
     work = options.calib_dir / _name(options) / "fits"
-    found = {}
+    found: dict[str, Fitted] = {}
+    shortlist: tuple[str, ...] | None = None
     for backend in BACKENDS.values():
         if backend.name == "torch" or backend.device != "cpu" or backend_status(backend).missing is not None:
             continue
         fit_options = FitOptions(
-            backend.name, methods=methods, objective=options.objective, size=options.fit_size, seed=options.seed
+            backend.name,
+            methods=methods,
+            shortlist=shortlist,
+            objective=options.objective,
+            size=options.fit_size,
+            seed=options.seed,
         )
         with progress.stage(f"corrections for {backend.name}") as tick:
             fitted = fit(bundle, fit_options, work, tick)
-        if options.correction != "auto":
+        if options.correction == "auto":
+            shortlist = tuple(name for name in fitted.figures if name in METHODS)
+        else:
             fitted = replace(fitted, choice=options.correction)
         found[make_engine_id(backend.name)] = fitted
     shutil.rmtree(work, ignore_errors=True)

@@ -54,8 +54,8 @@ class Fitted:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What to fit for; None is the bundle's own. methods: of METHODS, None for all. size: pictures to fit on; the
-    choice is made on twice as many.
+    """What to fit for; None is the bundle's own. methods: of METHODS, None for all. shortlist: of these, the ones that
+    auto chooses among, None for all. size: pictures to fit on; the choice is made on twice as many.
     """
 
     backend: str
@@ -65,6 +65,7 @@ class FitOptions:
     eta: float | None = None
     guidance_scale: float | None = None
     methods: tuple[str, ...] | None = None
+    shortlist: tuple[str, ...] | None = None
     objective: str = "shift"
     size: int = 32
     seed: int = 0
@@ -115,7 +116,7 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
             features = stack.enter_context(FeatureNetwork.open(bundle.file("features"), twin))
         pictures = exact.sample(options.choice_pictures, seed=options.seed, on_state=lambda s: done.add(len(s.x)))
         arena = Arena(pictures, plain, features, options.seed, done.add)
-        chosen = choose(study, fitted, arena)
+        chosen = choose(study, fitted, arena, shortlist=options.shortlist)
     tables = _tables(plain.table.key, fitted, chosen, arena.objective, options)
     name = "off" if chosen.taken is None else chosen.taken.name
     return Fitted(tables, name, arena.objective, chosen.figures, chosen.screened, refused)
