@@ -31,7 +31,7 @@ ISLANDS = {
     "onnx_ir": ("export", *EXPORTING),
     "onnxscript": ("export",),
     "openvino": ("engines/openvino.py",),
-    "onnxruntime": ("engines/ort.py",),
+    "onnxruntime": ("engines/ort",),
     "jinja2": ("evaluate/report.py",),
     "matplotlib": ("evaluate/report.py",),
     "lpips": ("evaluate/perceptual.py",),

@@ -93,6 +93,18 @@ BACKENDS: Mapping[str, Backend] = {
             roles={"f16": "trt", "f32": "master"},
             device="gpu",
         ),
+        *(
+            Backend(
+                name,
+                "qncd_deploy.engines.ort_gpu",
+                "OrtGpuEngine",
+                package="onnxruntime",
+                install="pip install 'qncd-deploy[gpu]' in place of onnxruntime",
+                roles={"f16": "trt", "f32": "master"},
+                device="gpu",
+            )
+            for name in ("onnxruntime-tensorrt", "onnxruntime-rtx", "onnxruntime-cuda")
+        ),
     )
 }
 """By name, in order of preference: the first that this machine has is the default."""

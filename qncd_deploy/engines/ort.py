@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -18,27 +19,12 @@ PROVIDERS = ("CPUExecutionProvider",)
 _DTYPES = {"float": "float32", "double": "float64"}
 
 
-class OrtEngine(BaseEngine):
-    """Runs an ONNX graph with an ONNX Runtime session; free dimensions stay free."""
+class SessionEngine(BaseEngine):
+    """Runs an ONNX graph with an open ONNX Runtime session; free dimensions stay free."""
 
-    def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
-        assert remainder == "f32"
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors reach us as exceptions; warnings are about its own rewriting
-        options.intra_op_num_threads = threads or 0  # 0: one per physical core
-        options.inter_op_num_threads = 1
-        options.use_deterministic_compute = True
-        # Merging MatMul + Add into Gemm hides Q/DQ -> MatMul from the integer fusions. A float graph keeps it: it is
-        # the baseline of every speed and must not be slowed.
-        disabled = ["MatMulAddFusion"] if _is_quantized(path) else []
-        try:
-            self._session = ort.InferenceSession(path, options, providers=list(PROVIDERS), disabled_optimizers=disabled)
-        except Exception as exc:  # the library raises its own classes, which share no base of their own
-            raise BuildFailed(f"{path}: ONNX Runtime cannot load it ({first_line(exc)}).") from exc
-        used = tuple(self._session.get_providers())
-        if used != PROVIDERS:
-            raise BuildFailed(f"{path}: ONNX Runtime runs it with {', '.join(used)}, not {', '.join(PROVIDERS)}.")
-        super().__init__(engine_id, path, _specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
+    def __init__(self, engine_id: str, path: Path, session: ort.InferenceSession) -> None:
+        self._session = session
+        super().__init__(engine_id, path, _specs(session.get_inputs()), _specs(session.get_outputs()))
 
     def fetch(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
         """Some of the outputs only; the others are not copied out of the library. Raises EngineError as a call does."""
@@ -47,9 +33,12 @@ class OrtEngine(BaseEngine):
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._outputs(feeds, list(self.outputs))
 
-    def _outputs(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    def _outputs(
+        self, feeds: dict[str, np.ndarray], names: Sequence[str], *, session: ort.InferenceSession | None = None
+    ) -> dict[str, np.ndarray]:
+        """session: another one of the same graph than the one it was opened with."""
         try:
-            results = self._session.run(list(names), feeds)
+            results = (session or self._session).run(list(names), feeds)
         except Exception as exc:
             raise EngineError(f"{self.path}: ONNX Runtime failed while running ({first_line(exc)}).") from exc
         return dict(zip(names, results, strict=True))
@@ -58,7 +47,42 @@ class OrtEngine(BaseEngine):
         del self._session
 
 
-def _is_quantized(path: Path) -> bool:
+class OrtEngine(SessionEngine):
+    """Runs an ONNX graph on the CPU."""
+
+    def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
+        assert remainder == "f32"
+        options = session_options()
+        options.intra_op_num_threads = threads or 0  # 0: one per physical core
+        options.inter_op_num_threads = 1
+        # Merging MatMul + Add into Gemm hides Q/DQ -> MatMul from the integer fusions. A float graph keeps it: it is
+        # the baseline of every speed and must not be slowed.
+        disabled = ["MatMulAddFusion"] if is_quantized(path) else []
+        session = open_session(path, options, providers=list(PROVIDERS), disabled_optimizers=disabled)
+        used = tuple(session.get_providers())
+        if used != PROVIDERS:
+            raise BuildFailed(f"{path}: ONNX Runtime runs it with {', '.join(used)}, not {', '.join(PROVIDERS)}.")
+        super().__init__(engine_id, path, session)
+
+
+def session_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors reach us as exceptions; warnings are about its own rewriting
+    options.use_deterministic_compute = True
+    return options
+
+
+def open_session(
+    path: Path, options: ort.SessionOptions, *, content: bytes | None = None, **given: Any
+) -> ort.InferenceSession:
+    """A session of a graph, or of `content` in its place. given: as InferenceSession takes it. Raises BuildFailed."""
+    try:
+        return ort.InferenceSession(path if content is None else content, options, **given)
+    except Exception as exc:  # the library raises its own classes, which share no base of their own
+        raise BuildFailed(f"{path}: ONNX Runtime cannot load it ({first_line(exc)}).") from exc
+
+
+def is_quantized(path: Path) -> bool:
     """Whether a graph holds Q/DQ pairs, seen from its bytes: operator types are plain text in protobuf."""
     if path.stat().st_size == 0:
         return False
