@@ -152,6 +152,8 @@ def _read(library: Library, path: Path, log: Any, lines: Sequence[LogLine]) -> t
             where = f"{error.node_name()} [{error.node_operator()}]: " if error.node_operator() else ""
             why = where + first_line(Exception(error.desc()))
         raise BuildFailed(f"{path}: {library.flavour} cannot read it ({why}).")
+    if not network.num_outputs:  # which the parser makes of an empty file
+        raise BuildFailed(f"{path}: {library.flavour} cannot read it (no graph in it).")
     return builder, network
 
 
