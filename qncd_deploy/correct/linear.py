@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qncd_deploy.correct.fitting import Pairs, Study
+from qncd_deploy.correct.moments import eps_variance
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.errors import CalibrationError
-from qncd_deploy.steps import output_per_eps
 
 RIDGE = 1e-4
 """Per sample, of the mean power of the columns."""
@@ -44,7 +44,8 @@ def filter_row(call: int, study: Study, x: np.ndarray, q: np.ndarray, e: np.ndar
     both = np.concatenate([q, x], axis=1)
     solved = _regress("filter", (_taps(part) for part in _chunks(both, 18 * channels)), _chunks(e - q, 18 * channels))
     kernel = solved.weights[:-1].T.reshape(channels, 2 * channels, 3, 3)
-    return StepFix(f=kernel, b=solved.weights[-1], var=_in_eps(solved.residual, study, call))
+    var = eps_variance(solved.residual, study.steps[call], study.prediction)
+    return StepFix(f=kernel, b=solved.weights[-1], var=var)
 
 
 def fit_mix(study: Study) -> tuple[StepFix, ...]:
@@ -66,7 +67,7 @@ def _mix_row(study: Study, pairs: Pairs) -> StepFix:
     channels = pairs.q.shape[1]
     solved = _regress("mix", map(_flat, _chunks(pairs.q, channels)), _chunks(pairs.e - pairs.q, channels))
     a = np.eye(channels) + solved.weights[:-1].T
-    return StepFix(a=a, b=solved.weights[-1], var=_in_eps(solved.residual, study, pairs.call))
+    return StepFix(a=a, b=solved.weights[-1], var=eps_variance(solved.residual, pairs.step, study.prediction))
 
 
 def _map_row(study: Study, pairs: Pairs) -> StepFix:
@@ -74,7 +75,8 @@ def _map_row(study: Study, pairs: Pairs) -> StepFix:
     mean = error.mean(axis=0)
     noise = error.var(axis=0, ddof=1) / len(error)
     shrunk = mean * mean**2 / np.maximum(mean**2 + noise, np.finfo(np.float64).tiny)
-    return StepFix(b=-shrunk, var=_in_eps(float(np.square(error - shrunk).mean()), study, pairs.call))
+    var = eps_variance(np.square(error - shrunk), pairs.step, study.prediction)
+    return StepFix(b=-shrunk, var=var)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +131,3 @@ def _taps(planes: np.ndarray) -> np.ndarray:
     padded = np.pad(planes, ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
     return windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 9 * planes.shape[1])
-
-
-def _in_eps(variance: float, study: Study, call: int) -> float:
-    """A variance of the raw output as one of eps."""
-    unit = output_per_eps(study.steps[call].abar_call, study.prediction)
-    return variance / unit**2 if unit else 0.0
