@@ -88,6 +88,21 @@ def graph_specs(library: Library, path: Path) -> tuple[dict[str, TensorSpec], di
     return specs(_inputs(network)), specs(network.get_output(index) for index in range(network.num_outputs))
 
 
+def product_tensors(library: Library, path: Path) -> tuple[str, ...]:
+    """Results of an ONNX graph's convolutions and matrix products, in its order: tensors that `watch` takes.
+
+    Raises BuildFailed if the library does not read it.
+    """
+    lines = list[LogLine]()
+    log = library.logger(lines)
+    _, network = _read(library, path, log, lines)
+    kinds = library.module.LayerType
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return tuple(
+        layer.get_output(0).name for layer in layers if layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY)
+    )
+
+
 class _OutOfMemory(Exception):
     def __init__(self, node: str | None) -> None:
         self.node = node
@@ -252,16 +267,17 @@ def _inspected(library: Library, plan: bytes) -> tuple[Layer, ...]:
 
 def _failure(lines: Sequence[LogLine], path: Path) -> Exception:
     text = "\n".join(line.text for line in lines if line.severity != "VERBOSE")
-    node = _NODE.search(text)
+    found = _NODE.search(text)
+    node = None if found is None else found[1] or found[2]
     if _NO_WORKSPACE.search(text):
-        named = "the network" if node is None else node[1]
-        return BuildFailed(f"{path}: {named}: no kernel fits into the workspace. Raise --workspace, or leave it out.")
+        where = node or "the network"
+        return BuildFailed(f"{path}: {where}: no kernel fits into the workspace. Raise --workspace, or leave it out.")
     if _NO_MEMORY.search(text):
-        return _OutOfMemory(None if node is None else node[1])
+        return _OutOfMemory(node)
     return BuildFailed(f"{path}: TensorRT cannot build it ({_first_error(lines)}).")
 
 
-_NODE = re.compile(r"implementation for node (?:\{?ForeignNode\[)?([^\]\s]+?)[\].]*(?:\s|$|\))")
+_NODE = re.compile(r"implementation for node (?:\{ForeignNode\[(.+?)\]\}|(\S+?))[.)]*(?:\s|$)")
 _NO_WORKSPACE = re.compile("insufficient workspace", re.IGNORECASE)
 _NO_MEMORY = re.compile("out ?of ?memory|insufficient memory|cuda(?:ErrorM| m)emory ?allocation", re.IGNORECASE)
 

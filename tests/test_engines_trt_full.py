@@ -1,0 +1,199 @@
+"""Full TensorRT, 10.3 to 11.4, as far as it goes without a GPU: what it is asked for, what is made of its answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_trt_builder import CONVOLUTION, RECORDED, FakeTensorRT
+
+from qncd_deploy.engines.base import Kernel
+from qncd_deploy.engines.trt.build import BuiltEngine, build, graph_specs
+from qncd_deploy.engines.trt.kernels import Product, layers_from_inspector
+from qncd_deploy.engines.trt.library import Library, parse_version
+from qncd_deploy.engines.trt.options import BuildOptions, trtexec_line
+from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, UsageError
+from qncd_deploy.specs import TensorSpec
+
+GRAPH = Path("net.onnx")
+SHAPES = {"x": (2, 8, 4, 4)}
+OUT_OF_MEMORY = (
+    "[virtualMemoryBuffer.cpp::resizePhysical::154] Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)",
+    "IBuilder::buildSerializedNetwork: Error Code 10: Internal Error (Could not find any implementation for node "
+    "{ForeignNode[up.3/Conv...out/Cast]}.)",
+)
+
+
+def library(fake: FakeTensorRT) -> Library:
+    return Library("tensorrt", fake, parse_version(fake.__version__))
+
+
+def built(fake: FakeTensorRT, **options: Any) -> BuiltEngine:
+    return build(library(fake), GRAPH, BuildOptions((SHAPES,), **options), memory=8 << 30)
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_every_version_is_strongly_typed_and_takes_no_precision_flag(version: str) -> None:
+    fake = FakeTensorRT(version)
+    built(fake)
+    (asked,) = fake.builds
+    assert asked["flags"] == (2 if version.startswith("10.") else 0)  # 1 << STRONGLY_TYPED
+    assert asked["set"] == [] and asked["cleared"] == ["TF32"]
+    assert asked["profiling_verbosity"].name == "DETAILED"
+    assert asked["shape"] == SHAPES["x"] and asked["profiles"] == []
+    assert not asked.keys() & {"WORKSPACE", "builder_optimization_level", "hardware_compatibility_level"}
+
+
+def test_what_is_asked_for_is_passed_on() -> None:
+    fake = FakeTensorRT("11.4.0.106")
+    built(fake, level=4, workspace=1 << 28, hardware="ampere-plus", version_compatible=True)
+    (asked,) = fake.builds
+    assert asked["builder_optimization_level"] == 4 and asked["WORKSPACE"] == 1 << 28
+    assert asked["hardware_compatibility_level"].name == "AMPERE_PLUS" and asked["set"] == ["VERSION_COMPATIBLE"]
+
+
+def test_several_shapes_are_profiles() -> None:
+    fake = FakeTensorRT("10.3.0")
+    build(library(fake), GRAPH, BuildOptions((SHAPES, {"x": (4, 8, 4, 4)})))
+    assert fake.builds[0]["profiles"] == [{"x": (SHAPES["x"],) * 3}, {"x": ((4, 8, 4, 4),) * 3}]
+    assert fake.builds[0]["shape"] == (-1, 8, 4, 4)
+
+
+def test_what_a_version_does_not_have_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"--hardware-compatibility: tensorrt 10\.3\.0 does not have it\. Leave it out\."
+    ):
+        built(FakeTensorRT("10.3.0"), hardware="same-compute-capability")
+    built(FakeTensorRT("10.16.1.11"), hardware="same-compute-capability")
+    with pytest.raises(UsageError, match="--target sm86: tensorrt builds for the GPU it runs on"):
+        built(FakeTensorRT("10.3.0"), targets=("sm86",))
+
+
+def test_the_inspector_tells_the_kernels() -> None:
+    engine = built(FakeTensorRT("10.3.0"))
+    assert engine.demands.products == (Product("conv", "w", "y", "i8", "i8"),)
+    (kernel,) = engine.table.kernels
+    assert kernel == Kernel("Convolution", "i8", CONVOLUTION["TacticName"], 1)
+    assert engine.table.missed == () and engine.table.line() == "1 of 1 planned layers run quantized"
+    half = {**CONVOLUTION, "Inputs": CONVOLUTION["Outputs"], "Weights": {"Type": "Half"}, "TacticName": "h"}
+    table = built(FakeTensorRT("10.3.0", layers=[half])).table
+    assert table.missed == ("w (f16 x f16)",) and table.line() == "0 of 1 planned layers run quantized"
+    single = {**half, "Inputs": [{"Format/Datatype": "Row major linear FP32"}], "Weights": {"Type": "Float"}}
+    table = built(FakeTensorRT("10.3.0", layers=[single])).table
+    assert table.float_products == ("conv + relu",) and table.line().endswith("1 products of float32")
+
+
+def test_layers_of_the_compiled_regions_of_newer_versions() -> None:
+    """Their constants are listed as tensors, and their data types on their own."""
+    text = """{"Layers": [{"Name": "linear_myl0_3", "LayerType": "gemm",
+        "Inputs": [{"Name": "a", "Datatype": "Int8", "Format": "Row major linear format"}],
+        "Constants": [{"Name": "w", "Datatype": "Int8"}, {"Name": "alpha", "Datatype": "Float"}],
+        "Outputs": [{"Name": "y", "Datatype": "Half"}], "TacticName": "sm80_xmma_gemm_i8_0x12ab", "StreamId": 0,
+        "Metadata": "[ONNX Layer: linear/MatMul]\\u001e[ONNX Layer: w_dq]"}]}"""
+    (layer,) = layers_from_inspector(text)
+    assert (layer.op, layer.operands, layer.nodes >= {"linear/MatMul", "w_dq"}) == ("MatMul", ("i8", "i8"), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"Layers": ["conv + relu"]}', "tells nothing but its layers' names"),
+        ("{}", "cannot be read"),
+        ("Layers:", "cannot be read"),
+        ('{"Layers": [{"Name": 3}]}', "cannot be read"),
+    ],
+)
+def test_an_inspector_that_says_nothing(text: str, words: str) -> None:
+    with pytest.raises(EngineError, match=words):
+        layers_from_inspector(text)
+
+
+def test_less_memory_is_tried_when_it_runs_out() -> None:
+    fake = FakeTensorRT("10.3.0", [OUT_OF_MEMORY, OUT_OF_MEMORY, b"plan"])
+    engine = built(fake)
+    assert engine.plan == b"plan"
+    assert [(asked.get("WORKSPACE"), asked.get("builder_optimization_level")) for asked in fake.builds] == [
+        (None, None),
+        (4 << 30, 2),  # half of the GPU's memory, one level below TensorRT's own
+        (2 << 30, 1),
+    ]
+    assert (engine.options.workspace, engine.options.level) == (2 << 30, 1)
+
+
+def test_when_no_memory_suffices_the_node_is_named() -> None:
+    fake = FakeTensorRT("10.3.0", [OUT_OF_MEMORY] * 4)
+    words = (
+        r"net\.onnx: up\.3/Conv\.\.\.out/Cast: out of memory, with 128 MiB of workspace and optimization level 0 too\. "
+    )
+    with pytest.raises(BuildFailed, match=words + "Close what else uses the GPU, or build for fewer pictures"):
+        built(fake, workspace=1 << 30, level=1)
+    assert [asked["builder_optimization_level"] for asked in fake.builds] == [1, 0, 0, 0]
+
+
+def test_a_workspace_that_is_too_small_is_not_made_smaller() -> None:
+    line = (
+        "Error Code 10: Internal Error (Could not find any implementation for node conv due to insufficient workspace.)"
+    )
+    fake = FakeTensorRT("10.3.0", [[line]])
+    with pytest.raises(BuildFailed, match=r"net\.onnx: conv: no kernel fits into the workspace\. Raise --workspace"):
+        built(fake, workspace=1 << 20)
+
+
+def test_another_failure_is_its_first_error() -> None:
+    fake = FakeTensorRT("10.3.0", [["Error Code 4: Internal Error (types disagree)\nmore", "second"]])
+    with pytest.raises(BuildFailed, match=r"cannot build it \(Error Code 4: Internal Error \(types disagree\)\)\.$"):
+        built(fake)
+
+
+def test_a_library_that_cannot_start_is_one_line() -> None:
+    fake = FakeTensorRT("10.3.0")
+    fake.Builder = lambda log: log.log(fake.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+    with pytest.raises(BackendMissing, match=r"tensorrt: cannot start \(CUDA initialization failure with error: 35\)"):
+        built(fake)
+
+
+def test_the_timing_cache_is_kept_and_a_foreign_one_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "timing.cache"
+    fake = FakeTensorRT("10.3.0", [b"1", b"2", b"3"], foreign_caches=(b"of another GPU",))
+    built(fake, timing_cache=path)
+    assert path.read_bytes() == b"+"
+    built(fake, timing_cache=path)
+    assert path.read_bytes() == b"++"
+    path.write_bytes(b"of another GPU")
+    built(fake, timing_cache=path)
+    assert path.read_bytes() == b"+"
+    assert [asked["caches"] for asked in fake.builds] == [[b""], [b"+"], [b""]]
+
+
+def test_ctrl_c_stops_the_builder_and_is_raised_after_it() -> None:
+    steps: list[bool] = []
+
+    def press(monitor: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        steps.append(monitor.step_complete("Building Engine", 0))
+
+    fake = FakeTensorRT("10.3.0", during=press)
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        built(fake)
+    assert steps == [False] and signal.getsignal(signal.SIGINT) is former
+
+
+def test_specs_name_free_sizes_where_the_graph_does_not() -> None:
+    inputs, outputs = graph_specs(library(FakeTensorRT("10.3.0")), GRAPH)
+    assert inputs == {"x": TensorSpec("x", "float32", ("batch", 8, 4, 4))}
+    assert outputs == {"y": TensorSpec("y", "float32", ("batch", 8, 4, 4))}
+
+
+def test_the_vendors_line(tmp_path: Path) -> None:
+    options = BuildOptions(
+        (SHAPES,), hardware="same-compute-capability", version_compatible=True, timing_cache=Path("t.cache")
+    )
+    words = trtexec_line(library(FakeTensorRT("10.16.1.11")), GRAPH, Path("net.engine"), options).split()
+    assert words[0] == "trtexec" and {"--stronglyTyped", "--noTF32", "--timingCacheFile=t.cache"} <= set(words)
+    assert {"--hardwareCompatibilityLevel=sameComputeCapability", "--versionCompatible"} <= set(words)
+    assert "--stronglyTyped" not in trtexec_line(library(FakeTensorRT("11.4.0.106")), GRAPH, Path("e"), options)
+    assert not {"--fp16", "--int8", "--best"} & set(words)
