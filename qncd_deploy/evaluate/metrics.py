@@ -73,7 +73,7 @@ def decibels(signal: float, noise: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean (d,) and covariance F^T F of a set of features, F (r, d), float64: all that a Frechet distance asks of it."""
+    """Mean (d,) and covariance F^T F of features, F (r, d), float64: all that a Frechet distance asks of them."""
 
     mean: np.ndarray
     root: np.ndarray

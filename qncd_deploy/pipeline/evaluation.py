@@ -58,8 +58,9 @@ def evaluate(bundle: Bundle, options: EvalOptions, tick: Tick) -> Comparison:
         )
     look = Look(options.features, options.reference, load_lpips())
     variants = [_variant(options, correction) for correction in _corrections(bundle, options)]
-    for variant in variants:  # one that was never fitted is refused now, not after hours
-        variant.open(bundle, options.draw).close()
+    for variant in variants:
+        if variant.correction not in ("auto", "off"):  # one that was never fitted is refused now, not after hours
+            variant.open(bundle, options.draw).close()
     with _crew(options) as crew, Store.open(options.work, [bundle], keep=options.keep) as store:
         return compare(bundle, variants, options.draw, look=look, store=store, crew=crew, on_progress=tick)
 
