@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -29,20 +30,20 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+_ANSWER_S = 10.0
+
+
 class RayCrew:
     """As many workers as there are CPUs for, `threads` each; a context manager that lets them go.
 
-    address: of a running cluster, such as "10.0.0.1:6379"; None for the one that RAY_ADDRESS names, else this machine.
+    address: of a running cluster, such as "10.0.0.1:6379"; None for this machine.
     """
 
     def __init__(self, *, address: str | None = None, threads: int = 1) -> None:
         """Raises EngineError if no cluster answers."""
-        try:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as exc:
-            raise EngineError(
-                f"ray: {first_line(exc)}. Start a cluster with `ray start --head`, or leave --ray-address out."
-            ) from exc
+        if address is not None:
+            _require_answer(address)
+        ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         cpus = int(ray.cluster_resources().get("CPU", 1))
         self._threads = min(threads, cpus)
         self._size = cpus // self._threads
@@ -85,6 +86,18 @@ class RayCrew:
             self._workers = [hire.remote(own) for _ in range(self._size)]
             self._task = task
         return self._workers
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would wait for minutes. Raises EngineError if nothing listens there, or it is no HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
+    except (OSError, ValueError) as exc:
+        raise EngineError(
+            f"ray: no cluster at {address} ({first_line(exc)}). Start one with `ray start --head`, or leave "
+            "--ray-address out."
+        ) from exc
 
 
 class _Worker:
