@@ -13,8 +13,9 @@ from test_sampler import ABAR, SHAPE, TEN, Gaussian, make
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.evaluate.batches import Batch, Draw, Job, draw_batch, plan_jobs
-from qncd_deploy.evaluate.features import FeatureNetwork, Lens, Reference
+from qncd_deploy.evaluate.features import Description, FeatureNetwork, Lens, Reference
 from qncd_deploy.evaluate.judge import Figures, Judge, Origin
+from qncd_deploy.evaluate.manifold import Manifold
 from qncd_deploy.evaluate.metrics import PSNR_CAP_DB, Moments, frechet_distance, shift
 from qncd_deploy.pictures import Pictures
 from qncd_deploy.sample import PictureNoise
@@ -183,3 +184,85 @@ def test_a_classifier_of_other_classes_says_nothing_of_these() -> None:
         held = Held.of(Draw(3), lens)  # no classes at all
     assert held.judge.own.accuracy is None and held.judge.own.fid is None
     assert held.judge.own.inception_score is not None
+
+
+def test_latents_are_compared_channel_by_channel() -> None:
+    held = Held.of(Draw(9))
+    bias, scale = np.array([0.1, 0.0, -0.2], np.float32), np.array([1.0, 1.5, 0.5], np.float32)
+    batches = [
+        replace(batch, pictures=replace(batch.pictures, latents=scaled(batch.pictures.latents, scale, bias)))
+        for batch in held.batches
+    ]
+    figures = held.judge.figures("off", Origin.of(make(None)), batches)
+    exact = held.pictures.latents.astype(np.float64)
+    mean, std = exact.mean(axis=(0, 2, 3)), exact.std(axis=(0, 2, 3))
+    np.testing.assert_allclose(figures.latent_std_ratio, scale, rtol=1e-6)  # one float32 rounding of each latent
+    np.testing.assert_allclose(figures.latent_mean_error, ((scale - 1) * mean + bias) / std, rtol=0, atol=1e-6)
+
+
+def scaled(latents: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return latents * scale[:, None, None] + bias[:, None, None]
+
+
+def test_features_of_the_twin_are_covered_and_near() -> None:
+    data = Reference(
+        Path("real.npz"), Moments.of(np.eye(3)), features=np.random.default_rng(0).standard_normal((50, 3))
+    )
+    with Lens(FeatureNetwork(Corner()), data) as lens:
+        held = Held.of(Draw(12), lens)
+        same, _ = held.figures("same", make(None, batch_size=4))
+        off, pictures = held.figures("off", make(None, batch_size=4, engine=Off(labels=False)))
+    assert same.precision is not None and same.recall is not None and same.feature_rms is not None
+    assert (same.precision.value, same.recall.value, same.feature_rms.value) == (1, 1, 0)
+    assert pictures.images is not None and held.pictures.images is not None and off.feature_rms is not None
+    found, exact = (
+        images.transpose(0, 3, 1, 2).reshape(12, -1)[:, :3] / 127.5 - 1
+        for images in (pictures.images, held.pictures.images)
+    )
+    expected = np.sqrt(np.square(found - exact).sum() / np.square(exact - exact.mean(axis=0)).sum())
+    assert off.feature_rms.value == pytest.approx(expected, rel=1e-5)  # float32 features of bytes
+    assert off.feature_rms.low < off.feature_rms.value < off.feature_rms.high
+    assert data.features is not None and off.data_precision is not None and off.data_recall is not None
+    known, own = Manifold.of(data.features), Manifold.of(found.astype(np.float32))
+    assert known is not None and own is not None
+    assert off.data_precision.value == known.covers(found).mean() and off.data_precision.n == 12
+    assert off.data_recall.value == own.covers(data.features).mean() and off.data_recall.n == 50
+    assert held.judge.own.data_precision is not None and held.judge.own.precision is None
+
+
+def test_spatial_features_have_their_own_distance() -> None:
+    pytest.importorskip("scipy")
+    from scipy.linalg import sqrtm
+
+    held = Held.of(Draw(40))
+    spatial = np.random.default_rng(1).standard_normal((40, 5)) @ np.random.default_rng(2).standard_normal((5, 5))
+    described = [
+        replace(
+            batch, description=Description(np.zeros((len(batch.pictures), 2)), None, spatial[batch.pictures.indices])
+        )
+        for batch in held.batches
+    ]
+    mean, cov = np.arange(5.0), np.diag([1.0, 2, 3, 4, 5])
+    flat = Moments.of(np.eye(2))
+    data = Reference(Path("real.npz"), flat, Moments.from_cov(mean, cov))
+    own = Judge.of("float", Origin.of(make(None)), described, held.draw, data).own
+    found = np.cov(spatial.T)
+    expected = np.square(spatial.mean(0) - mean).sum() + np.trace(found + cov - 2 * sqrtm(found @ cov).real)
+    assert own.sfid is not None and own.sfid.value == pytest.approx(expected, rel=1e-7)  # half of sqrtm's digits
+    without = Judge.of("float", Origin.of(make(None)), described, held.draw, Reference(Path("real.npz"), flat)).own
+    assert without.sfid is None and without.fid is not None
+
+
+def test_lpips_is_measured_pair_by_pair_where_it_is_given() -> None:
+    held = Held.of(Draw(7))
+
+    def brightness(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        return images.mean(axis=(1, 2, 3)) - reference.mean(axis=(1, 2, 3))
+
+    judge = Judge.of("float", Origin.of(make(None)), held.batches, held.draw, perceptual=brightness)
+    sampler = make(None, batch_size=4, engine=Off(labels=False))
+    batches = [draw_batch(sampler, held.draw, replace(job, traced=False), Lens()) for job in held.jobs]
+    found = judge.figures("off", Origin.of(sampler), batches)
+    images, exact = Pictures.join([batch.pictures for batch in batches]).images, held.pictures.images
+    assert images is not None and exact is not None and found.lpips is not None
+    assert found.lpips.value == pytest.approx(images.mean() - exact.mean(), rel=1e-9)

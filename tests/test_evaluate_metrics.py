@@ -12,10 +12,13 @@ from qncd_deploy.evaluate.metrics import (
     Moments,
     bootstrap,
     decibels,
+    feature_errors,
     frechet_distance,
     hits,
     inception_score,
     psnr,
+    resamples_for,
+    row_power,
     shift,
     snr_db,
     ssim,
@@ -174,3 +177,25 @@ def test_bootstrap_keeps_the_value_of_a_distance_inside_and_is_seeded() -> None:
 
 def test_an_estimate_reads_as_value_and_interval() -> None:
     assert str(bootstrap(lambda rows: 0.5, 8, seed=0)) == "0.5 [0.5, 0.5]"
+
+
+def test_feature_errors_are_in_units_of_the_spread() -> None:
+    reference = np.array([[0.0, 0], [4, 0], [0, 2], [4, 2]], np.float32)  # each sqrt(5) from the mean
+    moved = reference + np.array([[0, 0], [3, 4], [1, 0], [0, -2]], np.float32)
+    np.testing.assert_allclose(feature_errors(moved, reference), [0, 5, 0.2, 0.8], rtol=1e-12)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 2000, 50))
+    # unrelated sets: E |a - b|^2 = 2 E |b|^2; a mean of 2000 x 50 squares of standard deviation sqrt(8) / 2
+    assert feature_errors(a, b).mean() == pytest.approx(2, abs=5 * 2**0.5 * 2 / (2000 * 50) ** 0.5)
+    assert not feature_errors(a, a).any()
+
+
+def test_row_power_is_the_power_of_each_row() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32)
+    np.testing.assert_allclose(row_power(x), [np.square(row.astype(float)).sum() for row in x], rtol=1e-14)
+
+
+def test_what_takes_long_is_resampled_less() -> None:
+    assert resamples_for(1) == 200
+    assert resamples_for(1e30) == 20
+    assert 20 < resamples_for(1e9) < 200
