@@ -82,6 +82,18 @@ def test_progress_rises_to_its_end(library: Library, graph: Path) -> None:
     assert ticks[-1] == (1000, 1000)
 
 
+def test_what_progress_raises_stops_the_build_and_comes_out(library: Library, graph: Path) -> None:
+    ticks: list[int] = []
+
+    def tick(done: int, total: int) -> None:
+        ticks.append(done)
+        raise KeyError(done)
+
+    with pytest.raises(KeyError):
+        build(library, graph, BuildOptions((shapes(1),), ("sm89",)), on_progress=tick)
+    assert len(ticks) < 20
+
+
 def test_specs_are_the_graphs(library: Library, graph: Path) -> None:
     inputs, outputs = graph_specs(library, graph)
     assert list(inputs.values()) == [

@@ -178,4 +178,4 @@ def build_command(
     for engine in engines:
         click.echo(engine.line())
         for layer in engine.missed:
-            click.echo(f"  planned quantized, but runs in {layer}")
+            click.echo(f"  planned quantized, but runs otherwise: {layer}")

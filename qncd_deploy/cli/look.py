@@ -76,7 +76,7 @@ def inspect_command(
     for path, engine in engines.items():
         console.print(f"engine {path.name}: {engine.table.line()}")
         for layer in engine.table.missed:
-            console.print(f"    planned quantized, but runs in {layer}")
+            console.print(f"    planned quantized, but runs otherwise: {layer}")
         for kernel in engine.table.kernels if kernels else ():
             console.print(_kernel_line(**asdict(kernel)))
 

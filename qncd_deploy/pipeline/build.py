@@ -169,6 +169,7 @@ def _jobs(
     bundle: Bundle, folder: Path, request: BuildRequest, library: Library, device: Device | None
 ) -> Iterator[_Job]:
     """The network and, if there is one, the decoder."""
+    engine_id = make_engine_id(request.backend, request.remainder)
     cache = (
         None if device is None else folder.parent / f"timing-{request.backend}-{library.version_text}-{device.sm}.cache"
     )
@@ -180,10 +181,10 @@ def _jobs(
     suffix = f"b{'+'.join(map(str, batches))}"
     if request.sizes:
         suffix += "-" + "+".join(f"{width}x{height}" for width, height in request.sizes)
-    unet = find_backend(request.backend).role(request.remainder)
-    for role in (unet, "decoder"):
-        if role not in bundle.manifest.roles and role == "decoder":
-            continue
+    names = {find_backend(request.backend).role(request.remainder): (engine_id, "")}
+    if "decoder" in bundle.manifest.roles:
+        names["decoder"] = (make_engine_id(request.backend, "f32"), "-decoder")
+    for role, (engine, part) in names.items():
         graph = bundle.file(role)
         inputs, _ = graph_specs(library, graph)
         shapes = (_shapes(bundle, role, inputs, batch, latent) for batch in batches for latent in latents)
@@ -198,9 +199,7 @@ def _jobs(
         )
         check_options(library, options)
         facts = EngineFacts.of(library, device, options, source=bundle.graph_id(role))
-        engine_id = make_engine_id(request.backend, "f32" if role == "decoder" else request.remainder)
-        part = "-decoder" if role == "decoder" else ""
-        yield _Job(graph, folder / f"{engine_id}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
+        yield _Job(graph, folder / f"{engine}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
 
 
 def _latent(bundle: Bundle, size: Size) -> tuple[int, ...]:

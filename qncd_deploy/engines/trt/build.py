@@ -96,11 +96,7 @@ def product_tensors(library: Library, path: Path) -> tuple[str, ...]:
     lines = list[LogLine]()
     log = library.logger(lines)
     _, network = _read(library, path, log, lines)
-    kinds = library.module.LayerType
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return tuple(
-        layer.get_output(0).name for layer in layers if layer.type in (kinds.CONVOLUTION, kinds.MATRIX_MULTIPLY)
-    )
+    return tuple(product.output for product in demands_of(library, network).products)
 
 
 class _OutOfMemory(Exception):
@@ -134,9 +130,12 @@ def _build(
     _configure(library, config, options)
     _set_shapes(builder, network, config, options.profiles, path)
     cache = _timing_cache(library, config, options.timing_cache)
+    raised: list[BaseException] = []
     with _cancellable() as cancelled:
-        config.progress_monitor = _monitor(library, cancelled, on_progress or (lambda done, total: None))
+        config.progress_monitor = _monitor(library, cancelled, on_progress or (lambda done, total: None), raised)
         plan = builder.build_serialized_network(network, config)
+    if raised:
+        raise raised[0]
     if plan is None:
         raise _failure(lines, path)
     if on_progress is not None:
@@ -286,8 +285,15 @@ def _first_error(lines: Sequence[LogLine]) -> str:
     return first_line(Exception(next((line.text for line in lines if line.is_error), "it does not say why")))
 
 
-def _monitor(library: Library, cancelled: threading.Event, on_progress: Callable[[int, int], None]) -> Any:
-    """An IProgressMonitor. Phases nest: a step of a phase is its children's work."""
+def _monitor(
+    library: Library,
+    cancelled: threading.Event,
+    on_progress: Callable[[int, int], None],
+    raised: list[BaseException],
+) -> Any:
+    """An IProgressMonitor. Phases nest: a step of a phase is its children's work. What on_progress raises stops the
+    build and is put into `raised`, since the library's callbacks must not raise.
+    """
     phases: dict[str, list[Any]] = {}  # name -> [parent, steps, done]
     shown = 0
 
@@ -312,8 +318,11 @@ def _monitor(library: Library, cancelled: threading.Event, on_progress: Callable
         def step_complete(self, name: str, step: int) -> bool:
             if name in phases:
                 phases[name][2] = step + 1
-            show()
-            return not cancelled.is_set()
+            try:
+                show()
+            except BaseException as exc:
+                raised.append(exc)
+            return not (raised or cancelled.is_set())
 
         def phase_finish(self, name: str) -> None:
             phases.pop(name, None)
