@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fake_cupy
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -24,9 +25,11 @@ from qncd_deploy.engines.trt.build import BuiltEngine
 from qncd_deploy.engines.trt.cuda import DeviceArrays
 from qncd_deploy.engines.trt.device import Device
 from qncd_deploy.engines.trt.kernels import Demands, KernelTable
-from qncd_deploy.engines.trt.library import Library, parse_version
+from qncd_deploy.engines.trt.library import Library
 from qncd_deploy.engines.trt.options import BuildOptions
 from qncd_deploy.engines.trt.store import EngineFacts, save_engine
+from qncd_deploy.pipeline import build as pipeline_build
+from qncd_deploy.pipeline import parity
 from qncd_deploy.specs import TensorSpec
 
 TABLE = KernelTable((Kernel("correlation", "i8", "fake", 2),), 2, (), (), 0, 0)
@@ -252,38 +255,29 @@ class Runtime:
         return self.library.engines[-1]
 
 
-@dataclass
 class Machine:
-    """What `install` put in place. builds: the shapes of every engine that was built, in order."""
+    """A GPU and a TensorRT; its builder takes any graph that ONNX Runtime takes.
 
-    module: TensorRT
-    arrays: DeviceArrays
-    builds: list[Mapping[str, tuple[int, ...]]] = field(default_factory=list)
+    builds: the shapes of every engine that was built, in order;  watched: the inner tensors that were asked for;
+    tamper: changes what is built of unet-trt.onnx, as a builder with a fault would.
+    """
+
+    def __init__(self, kind: str) -> None:
+        version = {"tensorrt": (10, 13, 2), "tensorrt-rtx": (1, 7, 1)}[kind]
+        self.module = TensorRT(".".join(map(str, version)), kind=kind)
+        self.library = Library(kind, self.module, version)
+        self.arrays = DeviceArrays(fake_cupy, GPU)
+        self.builds: list[Mapping[str, tuple[int, ...]]] = []
+        self.watched: list[Sequence[str]] = []
+        self.tamper: Callable[[onnx.ModelProto], None] | None = None
+        self._scratch = tempfile.TemporaryDirectory()
 
     @property
     def waits(self) -> int:
         """How often something waited for the device."""
         return self.arrays._stream.waits
 
-    def store(self, path: Path, graph: Path, *profiles: Profile, source: str = "graph") -> Path:
-        """An engine as `qncd build` keeps it. profiles: input -> shape."""
-        version = parse_version(self.module.__version__)
-        options = BuildOptions(profiles=profiles)
-        blob = plan(
-            graph, [fixed(**shapes) for shapes in profiles], version=self.module.__version__, kind=self.module.kind
-        )
-        facts = EngineFacts.of(Library(self.module.kind, self.module, version), GPU, options, source=source)
-        save_engine(path, BuiltEngine(blob, options, Demands((), ()), TABLE), facts)
-        return path
-
-
-def install(monkeypatch: pytest.MonkeyPatch, kind: str = "tensorrt") -> Machine:
-    """Give this machine a GPU and a TensorRT, both fake; its builder takes any graph that ONNX Runtime takes."""
-    version = {"tensorrt": (10, 13, 2), "tensorrt-rtx": (1, 7, 1)}[kind]
-    module = TensorRT(".".join(map(str, version)), kind=kind)
-    machine = Machine(module, DeviceArrays(fake_cupy, GPU))
-
-    def graph_specs(library: Library, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    def graph_specs(self, library: Library, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         inputs, outputs = (
             [TensorSpec(node.name, NUMPY[DTYPES[node.type]], tuple(node.shape)) for node in nodes]
@@ -291,14 +285,48 @@ def install(monkeypatch: pytest.MonkeyPatch, kind: str = "tensorrt") -> Machine:
         )
         return {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs}
 
-    def build(library: Library, path: Path, options: BuildOptions, *, memory: int | None = None) -> BuiltEngine:
-        machine.builds += options.profiles
+    def product_tensors(self, library: Library, path: Path) -> tuple[str, ...]:
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        return tuple(node.output[0] for node in nodes if node.op_type in ("Conv", "Gemm", "MatMul"))
+
+    def build(
+        self, library: Library, path: Path, options: BuildOptions, *, watch: Sequence[str] = (), **_: Any
+    ) -> BuiltEngine:
+        self.builds += options.profiles
+        self.watched += [watch] if watch else []
+        tamper = self.tamper if path.name == "unet-trt.onnx" else None
+        if watch or tamper:
+            model = onnx.load(path)
+            if tamper is not None:
+                tamper(model)
+            model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in watch)
+            path = Path(self._scratch.name) / f"{len(self.builds)}.onnx"
+            onnx.save(model, path)
         profiles = [fixed(**shapes) for shapes in options.profiles]
-        blob = plan(path, profiles, version=module.__version__, kind=kind)
+        blob = plan(path, profiles, version=self.module.__version__, kind=self.module.kind)
         return BuiltEngine(blob, options, Demands((), ()), TABLE)
 
-    monkeypatch.setattr(run, "open_library", lambda flavour: Library(flavour, module, version))
-    monkeypatch.setattr(run, "open_arrays", lambda: machine.arrays)
-    monkeypatch.setattr(run, "graph_specs", graph_specs)
-    monkeypatch.setattr(run, "build", build)
+    def store(self, path: Path, graph: Path, *profiles: Mapping[str, tuple[int, ...]], source: str = "graph") -> Path:
+        """An engine as `qncd build` keeps it. profiles: input -> shape."""
+        options = BuildOptions(profiles=profiles)
+        built = self.build(self.library, graph, options)
+        self.builds.clear()
+        save_engine(path, built, EngineFacts.of(self.library, GPU, options, source=source))
+        return path
+
+
+def install(monkeypatch: pytest.MonkeyPatch, kind: str = "tensorrt") -> Machine:
+    """Put one in the place of the libraries, wherever they are asked for."""
+    machine = Machine(kind)
+    for module in (run, parity, pipeline_build):
+        for name, stand_in in (
+            ("open_library", lambda flavour: machine.library),
+            ("open_arrays", lambda: machine.arrays),
+            ("find_device", lambda: GPU),
+            ("graph_specs", machine.graph_specs),
+            ("product_tensors", machine.product_tensors),
+            ("build_engine" if module is pipeline_build else "build", machine.build),
+        ):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
     return machine

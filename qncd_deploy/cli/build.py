@@ -177,5 +177,7 @@ def build_command(
         return
     for engine in engines:
         click.echo(engine.line())
+        if engine.parity is not None:
+            click.echo(f"  {engine.parity.line()}")
         for layer in engine.missed:
             click.echo(f"  planned quantized, but runs otherwise: {layer}")

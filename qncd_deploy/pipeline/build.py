@@ -19,6 +19,7 @@ from qncd_deploy.engines.trt.library import Library, open_library
 from qncd_deploy.engines.trt.options import TARGETS, BuildOptions, Hardware, check_options, trtexec_line
 from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts, held_engine, save_engine
 from qncd_deploy.errors import BackendMissing, EngineError, UsageError
+from qncd_deploy.pipeline.parity import Gate, Parity
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import default_batch
@@ -64,6 +65,7 @@ class Built:
     runs: str
     missed: tuple[str, ...]
     seconds: float | None
+    parity: Parity | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
@@ -76,12 +78,16 @@ class Built:
 def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress) -> tuple[Built, ...]:
     """Write to FOLDER what is not there yet, or is there for something else; the network first.
 
+    What TensorRT builds for the GPU of this machine is held against the float network before it is written.
+
     Raises: EngineError for a backend that compiles nothing or a GPU that is not there, BuildFailed if it refuses the
-    graph, UsageError for options that the backend does not have.
+    graph, UsageError for options that the backend does not have, GateFailed for an engine that is wrong.
     """
     if request.backend in FLAVOURS:
         library, device = _library(request)
-        return tuple(_engine(job, library, device, progress) for job in _jobs(bundle, folder, request, library, device))
+        gate = None if device is None else Gate(bundle, backend=request.backend, remainder=request.remainder)
+        jobs = _jobs(bundle, folder, request, library, device)
+        return tuple(_engine(job, library, device, gate, progress) for job in jobs)
     _refuse_gpu_options(request)
     with progress.stage(f"building for {request.backend}"):
         return tuple(_blob(bundle, folder, request, batch) for batch in request.batches or (None,))
@@ -140,8 +146,9 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class _Job:
-    """One engine to build: of which graph, where to, how; facts: what it will be."""
+    """One engine to build. role: of the graph in the bundle;  path: where to;  facts: what it will be."""
 
+    role: str
     graph: Path
     path: Path
     options: BuildOptions
@@ -199,7 +206,7 @@ def _jobs(
         )
         check_options(library, options)
         facts = EngineFacts.of(library, device, options, source=bundle.graph_id(role))
-        yield _Job(graph, folder / f"{engine}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
+        yield _Job(role, graph, folder / f"{engine}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
 
 
 def _latent(bundle: Bundle, size: Size) -> tuple[int, ...]:
@@ -225,15 +232,18 @@ def _shapes(
     return input_shapes(inputs, rows=rows, state=latent, tokens=() if embedding is None else embedding.shape[1:])
 
 
-def _engine(job: _Job, library: Library, device: Device | None, progress: Progress) -> Built:
-    facts, seconds = held_engine(job.path, job.facts), None
+def _engine(job: _Job, library: Library, device: Device | None, gate: Gate | None, progress: Progress) -> Built:
+    facts, seconds, parity = held_engine(job.path, job.facts), None, None
     if facts is None:
         memory = None if device is None else device.memory
         with progress.stage(f"building {job.graph.name}") as tick:
             started = time.perf_counter()
             built = build_engine(library, job.graph, job.options, memory=memory, on_progress=tick)
-            facts = save_engine(job.path, built, job.facts)
             seconds = time.perf_counter() - started
+        if gate is not None:
+            with progress.stage(f"checking {job.graph.name}"):
+                parity = gate(job.role, built, place=job.path)
+        facts = save_engine(job.path, built, job.facts)
     table = facts.table
     size = job.path.stat().st_size
-    return Built(job.path, size, table.integer_kernels, table.planned, table.line(), table.missed, seconds)
+    return Built(job.path, size, table.integer_kernels, table.planned, table.line(), table.missed, seconds, parity)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from qncd_deploy.engines.base import Backend, BaseEngine, Kernel, Remainder
-from qncd_deploy.engines.trt.build import build, graph_specs
+from qncd_deploy.engines.trt.build import BuiltEngine, build, graph_specs
 from qncd_deploy.engines.trt.cuda import DeviceArrays, open_arrays
 from qncd_deploy.engines.trt.kernels import KernelTable
 from qncd_deploy.engines.trt.library import Flavour, open_library
@@ -51,8 +51,9 @@ class TrtEngine(BaseEngine):
         inputs, outputs = graph_specs(self._library, path)
         super().__init__(engine_id, path, inputs, outputs)
         self.arrays = arrays
+        self._graph_inputs = inputs
         self._held: list[_Held] = []
-        self._stored = False
+        self._fixed = False
 
     @classmethod
     def library_version(cls, backend: Backend) -> str | None:
@@ -67,7 +68,7 @@ class TrtEngine(BaseEngine):
         return self._holding(shapes).table.kernels
 
     def load_blob(self, path: Path, *, source: str) -> None:
-        """Use an engine that `qncd build` stored; several may be loaded, for several shapes.
+        """Use an engine that `qncd build` stored; several may be used, for several shapes.
 
         Raises: EngineError if it is not whole, or was made from another graph, with another version or for another GPU,
         or if memory does not suffice.
@@ -76,9 +77,11 @@ class TrtEngine(BaseEngine):
         assert facts.table is not None, "a stored engine was built"
         cache = path.with_suffix(".cache")
         known = cache.read_bytes() if cache.is_file() else None
-        engine = LoadedEngine(self._library, self.arrays, plan, place=path, cache=known)
-        self._held.append(_Held(engine, facts.table, cache))
-        self._stored = True
+        self._use(_Held(LoadedEngine(self._library, self.arrays, plan, place=path, cache=known), facts.table, cache))
+
+    def use(self, built: BuiltEngine, *, place: Path) -> None:
+        """Use an engine that is stored nowhere yet. place: for messages. Raises EngineError as load_blob does."""
+        self._use(_Held(LoadedEngine(self._library, self.arrays, built.plan, place=place), built.table))
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         engine = self._holding({name: tuple(array.shape) for name, array in feeds.items()}).engine
@@ -98,7 +101,7 @@ class TrtEngine(BaseEngine):
         for held in self._held:
             if held.engine.profile(shapes) is not None:
                 return held
-        if self._stored:
+        if self._fixed:
             sizes = "; or ".join(held.engine.sizes() for held in self._held)
             asked = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'a scalar'}" for name, shape in shapes.items())
             raise EngineError(
@@ -111,9 +114,19 @@ class TrtEngine(BaseEngine):
         built = build(
             self._library, self.path, BuildOptions(profiles=(dict(shapes),), targets=targets), memory=device.memory
         )
-        engine = LoadedEngine(self._library, self.arrays, built.plan, place=self.path)
-        self._held.append(_Held(engine, built.table))
+        self._held.append(_Held(LoadedEngine(self._library, self.arrays, built.plan, place=self.path), built.table))
         return self._held[-1]
+
+    def _use(self, held: _Held) -> None:
+        """From now on nothing is built. The sizes of a single engine that takes but one are what the inputs say, so
+        that batches of any size are cut to it.
+        """
+        self._held.append(held)
+        self._fixed = True
+        alone = self._held[0].engine if len(self._held) == 1 else None
+        self.inputs = {
+            name: alone.inputs[name] if alone is not None else spec for name, spec in self._graph_inputs.items()
+        }
 
 
 def _keep_compiled(held: _Held) -> None:

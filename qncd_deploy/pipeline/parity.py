@@ -1,0 +1,270 @@
+"""Hold a new GPU engine against the float network before it is kept; no torch.
+
+    error of a call = ||q - e|| / ||e||        q: raw output of an engine, e: of the float network, for the same inputs
+
+Inputs are those of the float sampler's own trajectory, on the engine of this machine's CPU where it has one. Two INT8
+engines of one graph differ from each other about as much as either does from the float network, since rounding ties
+fall apart and the difference grows on its way. So outputs of two quantized engines are never compared: their errors
+are, and a new engine's may be ALLOWED times that of the CPU's, which runs the same integers and scales. Where an engine
+fails, the first layer that goes wrong is looked for by making inner tensors outputs, in the float network too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from qncd_deploy.engines.base import BaseEngine, Remainder, default_backend, find_backend, open_engine
+from qncd_deploy.engines.trt.build import BuiltEngine, build, product_tensors
+from qncd_deploy.engines.trt.cuda import open_arrays
+from qncd_deploy.engines.trt.library import open_library
+from qncd_deploy.engines.trt.loaded import LoadedEngine
+from qncd_deploy.engines.trt.options import Shapes
+from qncd_deploy.engines.trt.run import TrtEngine
+from qncd_deploy.errors import GateFailed
+from qncd_deploy.runtime import Bundle
+from qncd_deploy.sampler import Sampler
+
+FIRST_PICTURE = 5 << 28
+"""Pictures from here on: shared with no other use of a seed."""
+
+ALLOWED = 2.0
+"""Ours: a layer that is off by one scale or one channel is off by far more, two sound engines by far less."""
+
+SLACK = 0.02
+"""Ours: error that float16 in the layers left in float may add, and all that an engine of a float graph may have."""
+
+ALONE = 0.5
+"""Ours: what is allowed where no CPU engine tells what the graph's own error is."""
+
+WATCHED = 8
+"""Inner tensors made outputs in one build: each is written out, which changes what is fused around it."""
+
+Feeds = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What one graph was fed, and what the float network made of it.
+
+    exact: its raw outputs;  expected: errors of a sound engine, one a call, None if unknown;  reference: whose.
+    """
+
+    feeds: tuple[Feeds, ...]
+    exact: tuple[np.ndarray, ...]
+    expected: tuple[float, ...] | None
+    reference: str
+
+    def rows(self, count: int) -> Case:
+        """The first rows alone."""
+        feeds = tuple(
+            {name: array[:count] if array.ndim else array for name, array in each.items()} for each in self.feeds
+        )
+        return replace(self, feeds=feeds, exact=tuple(exact[:count] for exact in self.exact))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Errors of an engine, one a call. largest: of any number in its outputs; see Case."""
+
+    errors: tuple[float, ...]
+    largest: float
+    expected: tuple[float, ...] | None
+    reference: str
+    bound: float
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with the engine, in words; None if nothing is."""
+        for call, error in enumerate(self.errors):
+            if not math.isfinite(error):
+                return f"call {call} returns numbers that are not finite"
+            allowed = ALONE if self.expected is None else ALLOWED * self.expected[call] + SLACK
+            if error > allowed:
+                own = "" if self.expected is None else f", {self.reference} has {self.expected[call]:.3g}"
+                return f"call {call} is off by {error:.3g} of the float network's output, {allowed:.3g} is allowed{own}"
+        if self.largest > self.bound:
+            return f"its largest number is {self.largest:.3g}, the float network's is {self.bound / ALLOWED:.3g}"
+        return None
+
+    def line(self) -> str:
+        own = "" if self.expected is None else f" ({self.reference}: {_median(self.expected):.3g})"
+        return f"error against the float network {_median(self.errors):.3g}, at most {max(self.errors):.3g}{own}"
+
+
+def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
+    """Cases of the network and of the decoder, by "unet" and "decoder", of `rows` rows.
+
+    The quantized network's own errors are measured, too, where there is an engine for the CPU.
+    """
+    backend = default_backend()
+    on_cpu = find_backend(backend).device == "cpu"
+    with bundle.sampler(backend, float_twin=True) as sampler:
+        per_picture = 1 if sampler.guidance_scale == 1 else 2
+        pictures = range(FIRST_PICTURE, FIRST_PICTURE + max(1, rows // per_picture))
+        recorder = _Recorder(sampler.network.unet)
+        recording = Sampler(
+            replace(sampler.network, unet=recorder),
+            config=sampler.config,
+            guidance_scale=sampler.guidance_scale,
+            table=sampler.table,
+            batch_size=len(pictures),
+        )
+        *_, last = recording.trajectory(pictures)
+        case = Case(tuple(recorder.feeds), tuple(recorder.returned), None, backend)
+        role = find_backend(backend).role()
+        if role not in bundle.manifest.roles:  # nothing is quantized in it
+            case = replace(case, expected=(0.0,) * len(case.exact))
+        elif on_cpu:
+            with open_engine(backend, bundle.file(role), remainder="f32") as engine:
+                case = replace(case, expected=measure(engine, case).errors)
+        cases = {"unet": case}
+        decoder = sampler.network.decoder
+        if decoder is not None:
+            (name,) = decoder.inputs
+            feeds = {name: np.asarray(last.x)}
+            cases["decoder"] = Case((feeds,), (next(iter(decoder(feeds).values())),), (0.0,), backend)
+    return cases
+
+
+def measure(engine: BaseEngine, case: Case) -> Parity:
+    """Run an engine on a case. Raises EngineError as its calls do."""
+    errors, largest = [], 0.0
+    for feeds, exact in zip(case.feeds, case.exact, strict=True):
+        own = {name: feeds[name].astype(spec.dtype, copy=False) for name, spec in engine.inputs.items()}
+        found = next(iter(engine(own).values())).astype(np.float64)
+        errors.append(_error(found, exact))
+        largest = max(largest, float(np.abs(found).max()))
+    bound = ALLOWED * max(float(np.abs(exact).max()) for exact in case.exact)
+    return Parity(tuple(errors), largest, case.expected, case.reference, bound)
+
+
+Watch = Callable[[Sequence[str]], tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]
+"""Inner tensors of the new engine and of the float network, by name, at the inputs of the call that went wrong."""
+
+
+def first_wrong(names: Sequence[str], watch: Watch) -> str | None:
+    """The first of the tensors, which are in the graph's order, that is off by more than ALONE; None if none is.
+
+    What is wrong stays wrong downstream, so a search in WATCHED parts finds it in a few builds.
+    """
+    low, high = 0, len(names)  # the first wrong one, if there is one, lies in names[low:high]
+    while low < high:
+        step = math.ceil((high - low) / WATCHED)
+        marks = list(range(min(low + step - 1, high - 1), high, step))
+        found, exact = watch([names[mark] for mark in marks])
+        wrong = [mark for mark in marks if not _error(found[names[mark]], exact[names[mark]]) <= ALONE]
+        if not wrong:
+            low = marks[-1] + 1
+            continue
+        first = wrong[0]
+        low = max([low, *(mark + 1 for mark in marks if mark < first)])
+        if first == low:
+            return names[first]
+        high = first + 1
+    return None
+
+
+class Gate:
+    """Checks what is built of a bundle for the GPU of this machine; what it is checked against is recorded once.
+
+    Raises: BackendMissing if nothing can run here, which is better known before a long build.
+    """
+
+    def __init__(self, bundle: Bundle, *, backend: str, remainder: Remainder | None = None) -> None:
+        self._bundle = bundle
+        self._backend = find_backend(backend)
+        self._remainder = remainder or self._backend.remainders[0]
+        self._cases: dict[str, Case] = {}
+        self._arrays = open_arrays()
+
+    def __call__(self, role: str, built: BuiltEngine, *, place: Path) -> Parity | None:
+        """The engine's errors, the largest of its profiles'; None if it has none of the network's own size.
+
+        role: of its graph in the bundle;  place: where it is going to lie, for messages.
+
+        Raises: GateFailed, with the first layer that goes wrong, if it must not be used;  EngineError if it cannot run.
+        """
+        remainder: Remainder = "f32" if role == "decoder" else self._remainder
+        found = []
+        with open_engine(self._backend.name, self._bundle.file(role), remainder=remainder) as engine:
+            assert isinstance(engine, TrtEngine)
+            engine.use(built, place=place)
+            for shapes in built.options.profiles:
+                if (case := self._case(role, shapes)) is not None:
+                    found.append((measure(engine, case), case, shapes))
+        for parity, case, shapes in found:
+            if (fault := parity.fault) is not None:
+                first = None if role == "decoder" else self._first_wrong(parity, case, shapes, built)
+                where = "" if first is None else f" The first layer that goes wrong is the one that makes {first!r}."
+                raise GateFailed(
+                    f"{place}: {fault}.{where} The engine is not kept. Build it with another --level, or leave that "
+                    "layer in float with `qncd export --exclude`."
+                )
+        return max((parity for parity, *_ in found), key=lambda parity: max(parity.errors), default=None)
+
+    def _case(self, role: str, shapes: Shapes) -> Case | None:
+        """What was recorded, cut to a profile's rows; None for a profile of another size than the network's own."""
+        state = next(shape for shape in shapes.values() if len(shape) == 4)
+        if state[1:] != tuple(self._bundle.manifest.model.latent_shape):
+            return None
+        part = "decoder" if role == "decoder" else "unet"
+        if part not in self._cases or len(self._cases[part].exact[0]) < state[0]:
+            guided = self._bundle.guidance() != 1
+            self._cases = record(self._bundle, rows=2 * state[0] if guided and role == "decoder" else state[0])
+        return self._cases[part].rows(state[0])
+
+    def _first_wrong(self, parity: Parity, case: Case, shapes: Shapes, built: BuiltEngine) -> str | None:
+        library = open_library("tensorrt" if self._backend.name == "tensorrt" else "tensorrt-rtx")
+        graph, exact = self._bundle.file(self._backend.role(self._remainder)), self._bundle.file("float")
+        both = set(product_tensors(library, exact))
+        names = [name for name in product_tensors(library, graph) if name in both]
+        feeds = case.feeds[parity.errors.index(max(parity.errors, key=_badness))]
+        arrays, options = self._arrays, replace(built.options, profiles=(shapes,))
+
+        def run(path: Path, watch: Sequence[str]) -> Mapping[str, np.ndarray]:
+            plan = build(library, path, options, memory=arrays.device.memory, watch=watch).plan
+            engine = LoadedEngine(library, arrays, plan, place=path)
+            own = {name: arrays.put(feeds[name].astype(spec.dtype, copy=False)) for name, spec in engine.inputs.items()}
+            results = {name: arrays.get(array) for name, array in engine(own).items()}
+            engine.close()
+            return results
+
+        return first_wrong(names, lambda watch: (run(graph, watch), run(exact, watch)))
+
+
+class _Recorder(BaseEngine):
+    """An engine that keeps what another one is fed and returns."""
+
+    def __init__(self, engine: BaseEngine) -> None:
+        super().__init__(engine.engine_id, engine.path, engine.inputs, engine.outputs)
+        self.feeds: list[Feeds] = []
+        self.returned: list[np.ndarray] = []
+        self._engine = engine
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._engine(feeds)
+        self.feeds.append({name: array.copy() for name, array in feeds.items()})
+        self.returned.append(next(iter(found.values())).copy())
+        return found
+
+    def _close(self) -> None: ...
+
+
+def _error(found: np.ndarray, exact: np.ndarray) -> float:
+    found, exact = found.astype(np.float64), exact.astype(np.float64)
+    size = math.sqrt(float(np.square(exact).sum()))
+    return math.sqrt(float(np.square(found - exact).sum())) / max(size, np.finfo(np.float64).tiny)
+
+
+def _badness(error: float) -> float:
+    """Errors in the order of how bad they are: NaN is the worst."""
+    return math.inf if math.isnan(error) else error
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
