@@ -180,3 +180,27 @@ def test_the_bundles_reference_goes_with_its_own_network_alone(tmp_path: Path) -
         assert lens.data is not None and lens.data.features is not None
     with pytest.raises(BundleError, match=r"real\.npz: made with a network of 128 features, this one has 1024"):
         Lens.open(bundle, "onnxruntime", features=other, reference=tmp_path / "real.npz")
+
+
+def test_the_demos_evaluation_network_is_its_feature_network_with_an_inner_layer() -> None:
+    ort = pytest.importorskip("onnxruntime")
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 1)).astype(np.uint8)
+    with FeatureNetwork.open(DEMO / "features-spatial.onnx", "onnxruntime", threads=1) as network:
+        found = network(images)
+    model = onnx.load(DEMO / "features.onnx")
+    (inner,) = [node for node in model.graph.node if node.op_type == "Relu"][3].output
+    model.graph.output.append(onnx.ValueInfoProto(name=inner))
+    scaled = (images.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString())
+    features, logits, layer = session.run(["features", "logits", inner], {"images": scaled})
+    for ours, exact in ((found.features, features), (found.logits, logits), (found.spatial, layer[:, :7])):
+        assert ours is not None
+        exact = exact.reshape(len(exact), -1)
+        np.testing.assert_allclose(
+            ours, exact, rtol=0, atol=1e-5 * np.abs(exact).max()
+        )  # float32 products, fused or not
+    reference = load_reference(DEMO / "features-spatial-reference.npz")
+    reference.check(found)
+    plain = load_reference(DEMO / "features-reference.npz")
+    np.testing.assert_array_equal(reference.moments.cov, plain.moments.cov)
+    assert reference.features is not None and reference.features.shape == (2000, 128)

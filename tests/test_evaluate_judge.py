@@ -230,6 +230,23 @@ def test_features_of_the_twin_are_covered_and_near() -> None:
     assert held.judge.own.data_precision is not None and held.judge.own.precision is None
 
 
+def test_a_variant_that_lost_variety_has_precision_without_recall() -> None:
+    held = Held.of(Draw(40))
+    features = np.random.default_rng(0).standard_normal((40, 2)).astype(np.float32)
+
+    def described(scale: float) -> list[Batch]:
+        return [
+            replace(batch, description=Description(scale * features[batch.pictures.indices])) for batch in held.batches
+        ]
+
+    judge = Judge.of("float", Origin.of(make(None)), described(1), held.draw)
+    figures = judge.figures("narrow", Origin.of(make(None)), described(0.3))
+    exact, narrow = Manifold.of(features), Manifold.of(0.3 * features)
+    assert exact is not None and narrow is not None and figures.precision is not None and figures.recall is not None
+    assert figures.precision.value == exact.covers(0.3 * features).mean() > 0.9
+    assert figures.recall.value == narrow.covers(features).mean() < 0.7
+
+
 def test_spatial_features_have_their_own_distance() -> None:
     pytest.importorskip("scipy")
     from scipy.linalg import sqrtm
