@@ -113,5 +113,5 @@ def test_too_few_pictures(tmp_path):
     study = study_of(corrected, network, tmp_path, 1)
     with pytest.raises(CalibrationError, match=r"filter: 36 samples for 37 coefficients .*--fit-size"):
         linear.fit_filter(study)
-    with pytest.raises(CalibrationError, match=r"map: 1 picture, .* 2 or more"):
+    with pytest.raises(CalibrationError, match=r"map: .*16"):
         linear.fit_map(study)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qncd_deploy.correct.fitting import Pairs, Study
-from qncd_deploy.correct.moments import eps_variance
+from qncd_deploy.correct.moments import checked_pairs, eps_variance, shrunk_mean
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.errors import CalibrationError
 
@@ -54,13 +54,11 @@ def fit_mix(study: Study) -> tuple[StepFix, ...]:
 
 
 def fit_map(study: Study) -> tuple[StepFix, ...]:
-    """b (C, H, W), minus the mean error of every element, shrunk where it is within its own standard error, by call.
+    """b (C, H, W), minus the mean error of every element, taken towards 0 where pictures disagree, by call.
 
-    Raises CalibrationError for fewer than two pictures.
+    Raises CalibrationError for too few pictures.
     """
-    if study.pictures < 2:
-        raise CalibrationError(f"map: {study.pictures} picture, a mean with its spread takes 2 or more (--fit-size).")
-    return tuple(_map_row(study, pairs) for pairs in study.pairs())
+    return tuple(_map_row(study, pairs) for pairs in checked_pairs(study, method="map", per="element"))
 
 
 def _mix_row(study: Study, pairs: Pairs) -> StepFix:
@@ -71,12 +69,8 @@ def _mix_row(study: Study, pairs: Pairs) -> StepFix:
 
 
 def _map_row(study: Study, pairs: Pairs) -> StepFix:
-    error = pairs.error.astype(np.float64)
-    mean = error.mean(axis=0)
-    noise = error.var(axis=0, ddof=1) / len(error)
-    shrunk = mean * mean**2 / np.maximum(mean**2 + noise, np.finfo(np.float64).tiny)
-    var = eps_variance(np.square(error - shrunk), pairs.step, study.prediction)
-    return StepFix(b=-shrunk, var=var)
+    mean = shrunk_mean(pairs.error)
+    return StepFix(b=-mean, var=eps_variance(np.square(pairs.error - mean), pairs.step, study.prediction))
 
 
 @dataclass(frozen=True, eq=False)

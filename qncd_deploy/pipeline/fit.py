@@ -26,7 +26,7 @@ from qncd_deploy.pipeline.arena import Arena
 from qncd_deploy.pipeline.choose import Choice, choose
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
-from qncd_deploy.sampler import Sampler
+from qncd_deploy.sampler import Sampler, default_batch
 from qncd_deploy.specs import EpsModel
 from qncd_deploy.study import RecordedStudy, Setting
 
@@ -99,7 +99,8 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         "eta": options.eta,
         "guidance_scale": options.guidance_scale,
         "threads": options.threads,
-        "batch_size": options.batch_size,
+        # few pictures, small batches: every number of rows is a network to compile
+        "batch_size": options.batch_size or min(options.size, default_batch(bundle.manifest.model.latent_shape)),
     }
     with ExitStack() as stack:
         # one float reference for all CPU engines: their float twins agree to rounding

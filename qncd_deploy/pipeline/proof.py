@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Proof:
             "inception_score_float": _rounded(reference.inception_score),
             "accuracy": _rounded(final.accuracy),
             "accuracy_float": _rounded(reference.accuracy),
-            "latent_snr_db": round(final.latent_snr_db[-1], 2),
+            "latent_snr_db": _decibels(final.latent_snr_db[-1]),
         }
 
 
@@ -62,6 +63,11 @@ def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
         variants.append(Variant(PLAIN, backend, correction="off"))
     draw = Draw(size, seed=seed, first=FIRST_PICTURE)
     return Proof(compare(bundle, variants, draw, on_progress=tick))
+
+
+def _decibels(value: float) -> float | None:
+    """None where nothing differs, which JSON has no number for."""
+    return round(value, 2) if math.isfinite(value) else None
 
 
 def _rounded(found: Estimate | None) -> float | None:
