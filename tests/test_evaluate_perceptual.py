@@ -64,3 +64,14 @@ def test_without_the_backbone_nothing_is_downloaded(package: Path, caplog: pytes
     with caplog.at_level(logging.INFO):
         assert load_lpips() is None
     assert "import lpips; lpips.LPIPS()" in caplog.text
+
+
+def test_a_package_that_does_not_import_is_left_out(
+    package: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, "lpips")
+    (package / "lpips.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(package)
+    with caplog.at_level(logging.INFO):
+        assert load_lpips() is None
+    assert "not usable (operator torchvision::nms does not exist)" in caplog.text

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qncd_deploy.errors import first_line
 from qncd_deploy.evaluate.judge import PairMeasure
 
 SMALLEST = 32
@@ -23,18 +24,21 @@ log = logging.getLogger(__name__)
 
 
 def load_lpips() -> PairMeasure | None:
-    """LPIPS of (N, H, W, 1 or 3) uint8 pairs; None where the package is not installed, or where it would have to
-    download its backbone, which takes a log line that says how to.
+    """LPIPS of (N, H, W, 1 or 3) uint8 pairs; None where the package is not installed.
+
+    None too, and a log line that says why, where it cannot be imported or would have to download its backbone.
     """
     if importlib.util.find_spec("lpips") is None:
         return None
-    import torch
-
+    try:
+        import lpips
+        import torch
+    except (ImportError, OSError, RuntimeError) as exc:  # RuntimeError: a torchvision that is of another torch
+        log.info("LPIPS is left out: its package is installed but not usable (%s).", first_line(exc))
+        return None
     if not any((Path(torch.hub.get_dir()) / "checkpoints").glob(_BACKBONE)):
         log.info("LPIPS is left out: its AlexNet is not here. `python -c 'import lpips; lpips.LPIPS()'` downloads it.")
         return None
-    import lpips
-
     network = lpips.LPIPS(net="alex", verbose=False).eval()
 
     def measure(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
