@@ -22,16 +22,12 @@ from qncd_deploy.engines.base import Kernel
 from qncd_deploy.errors import BundleError
 from qncd_deploy.evaluate.bench import BenchResult, BenchRow
 from qncd_deploy.evaluate.compare import Comparison
+from qncd_deploy.evaluate.contest import Contest
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.measure import Measurement
 from qncd_deploy.evaluate.metrics import Estimate
-from qncd_deploy.evaluate.report import (
-    CorrectionChoice,
-    ReportData,
-    group_layers,
-    render,
-    write_report,
-)
+from qncd_deploy.evaluate.plots import LINES
+from qncd_deploy.evaluate.report import ReportData, group_layers, render, write_report
 
 EVIL = "<script>alert('x')</script>&\"$x_1$"
 
@@ -121,6 +117,21 @@ def bench_result() -> BenchResult:
     return BenchResult(rows, "exact", "exact", {"processor": "Some CPU", "rounds": "3"})
 
 
+def contest() -> Contest:
+    curve = (40.0, 30.0, 20.0, 15.0)
+    return Contest(
+        choice="filter+ibc",
+        objective="shift",
+        pictures=64,
+        confidence=0.95,
+        figures={"off": 0.0654, "ptqd": 0.0122, "filter": 0.0077, "filter+ibc": 0.00301},
+        screened={"off": 0.0711, "ptqd": 0.0131, "filter": 0.0081, "tac:paper": 13.6, "filter+ibc": 0.0035},
+        wins={"ptqd": 0.97, "filter": 1.0, "filter+ibc": 1.0},
+        refused={"tac": f"tac: 3 pictures to fit on {EVIL}"},
+        latent_snr_db=dict.fromkeys(("off", "ptqd", "filter", "filter+ibc", "tac:paper"), curve),
+    )
+
+
 def data() -> ReportData:
     model = ModelFacts(
         "compvis-ldm",
@@ -149,7 +160,7 @@ def data() -> ReportData:
         {},
         5,
         {"openvino": "2026.4.1"},
-        {"smoothing": smoothing},
+        {"smoothing": smoothing, "corrections": {"openvino-f32": contest().to_json()}},
         {"unet.onnx": FileFacts("ab" * 32, 1234567), "plan.json": FileFacts("cd" * 32, 512)},
     )
     layers = [
@@ -166,7 +177,7 @@ def data() -> ReportData:
         {"unet-float.onnx": 24 << 20, "unet.onnx": 8 << 20},
         "qncd export model.ckpt --int8 --exclude 'a<b'",
         comparison(),
-        corrections=[CorrectionChoice("openvino-f32", "qncd", "shift", {"off": 0.0654, "qncd": 0.0122})],
+        machine={"processor": "Other CPU", "cores": "2"},
         bench=bench_result(),
         notes=[f"a note {EVIL}"],
     )
@@ -180,7 +191,7 @@ def test_the_page_is_well_formed_and_self_contained(tmp_path: Path) -> None:
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page)
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in reader.sources)
     assert "script" not in reader.tags
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 7  # shift, PSNR; two sets of curves; bars on all and on half, curves of the contest
 
 
 def test_everything_foreign_is_escaped() -> None:
@@ -195,16 +206,20 @@ def test_the_page_holds_its_numbers() -> None:
     text = re.sub(r"\s+", " ", Reader(render(data())).text)
     for words in (
         "4 of 6 weighted layers quantized, plms with 17 steps, guidance 1.5",
-        "46.0 dB", "95 % interval 45.5 to 46.5, 64 pictures", "46.03", "0.00061", "0.0004 to 0.0008", "0.9871", "6.13",
-        "93.8 %", "94.2 %", "0.299", "4 + 2", "seed 5",
+        "46.0 dB", "95 % interval 45.5 to 46.5, 64 pictures", "46.03", "0.00061", "0.0004–0.0008", "0.9871", "6.13",
+        "0.9375", "0.9420", "0.299", "4 + 2", "seed 5",
         "8.0 MiB", "24.0 MiB in float: 3.0 times smaller",
         "class 7, ", "difference times 8",
-        "off 0.0654, qncd 0.0122",
+        "shift 0.00301 instead of 0.0654 without correction, better in 100 % of the resamples of 64 held-out pictures",
+        "The best single published method, ptqd, reaches 0.0122.",
+        "made of the best, taken 0.00301 0.0035 100 %", "best published 0.0122 0.0131 97 %", "published 13.6",
+        "tacnot fitted: tac: 3 pictures", "first 32",
+        "Other CPU",
         "openvino-bf16", "3.00 ± 1.75", "41", "Some CPU", "quick, call_ms: noisy",
         "mid.conv2.weight", "30.0", "37.0", "qncd alpha 0.5",
         "1.2 MiB", "0.5 KiB", "abababababababab",
         "1234567812345678", "2026.4.1",
-        "64×32×3×3", "17.3", "12.9", "last convolution",
+        "64×32×3×3, 8/8 bits", "17.3", "12.9", "last convolution",
     ):  # fmt: skip
         assert words in text, words
 
@@ -246,7 +261,64 @@ def test_curves_take_the_pages_colours_and_the_same_data_give_the_same_page() ->
 
 def test_the_variant_that_the_bundle_is_can_be_named() -> None:
     page = render(replace(data(), variant=EVIL))
-    assert re.search(r'class="main">\s*<td>&lt;script&gt;', page)
+    assert re.search(r'class="main">\s*<td class="w">&lt;script&gt;', page)
+
+
+def with_contest(given: Contest) -> ReportData:
+    bare = data()
+    quality = {"corrections": {"openvino-f32": given.to_json()}}
+    return replace(bare, manifest=replace(bare.manifest, quality=quality), comparison=None)
+
+
+def words(given: ReportData) -> str:
+    return re.sub(r"\s+", " ", Reader(render(given)).text)
+
+
+def test_why_nothing_is_corrected_or_something_that_does_not_help() -> None:
+    weak = replace(contest(), choice="off", wins={"ptqd": 0.8, "filter": 0.85, "filter+ibc": 0.894})
+    said = words(with_contest(weak))
+    assert "openvino-f32: no correction" in said
+    assert "the best, filter+ibc, is better in 89 % of the resamples of 64 held-out pictures, and 95 % are" in said
+    alone = replace(weak, figures={"off": 0.1}, screened={"off": 0.1}, wins={}, latent_snr_db={})
+    page = render(with_contest(alone))
+    assert "nothing else could be fitted" in page and "<svg" not in page
+    assert "Taken because it was asked for by name" in words(with_contest(replace(weak, choice="ptqd")))
+
+
+def test_an_objective_where_more_is_better() -> None:
+    said = words(with_contest(replace(contest(), choice="off", objective="psnr")))
+    assert "PSNR in dB, more is better" in said and "shift, less" not in said
+
+
+def test_of_many_variants_as_many_curves_as_can_be_read_the_best_first() -> None:
+    given = comparison()
+    plain = replace(given.variants[0], name="plain", correction="off")
+    many = [
+        replace(
+            given.variants[0],
+            name=f"way {n}",
+            shift=Estimate(0.1 * n, 0.1 * n, 0.1 * n, 64),
+            latent_snr_db=(50.0 - n, 40.0 - n),
+        )
+        for n in range(9, 0, -1)
+    ]
+    page = render(replace(data(), comparison=replace(given, variants=(*many, plain))))
+    free = page[page.index("Latent, running freely") : page.index("Network output")]
+    drawn = [name for name in ("plain", *(f"way {n}" for n in range(1, 10))) if f">{name}<" in free]
+    assert drawn == ["plain", "way 1", "way 2", "way 3", "way 4", "way 9"]  # way 9 is the bundle's own
+    assert f"{LINES} of 10, the best by shift" in free
+    overview = page[page.index("<h4>Shift") : page.index("<h4>PSNR")]
+    places = [overview.index(f">{name}<") for name in ("way 1", "way 5", "way 9")]
+    assert places == sorted(places) and ">plain<" in overview
+    network = page[page.index("Network output") : page.index("<h2>Corrections")]
+    assert "way 9" not in network  # one network, one curve: nothing to name
+
+
+def test_bars_of_layers_are_as_long_as_their_decibels() -> None:
+    page = render(data())
+    layers = page[page.index("<h2>Layers") :]
+    widths = [float(width) for width in re.findall(r"width:([\d.]+)%", layers)]
+    assert widths == [round(100 * db / 45, 1) for db in (12.9, 44.0, 17.3, 45.0, 41.7)]
 
 
 def test_a_network_that_cannot_sample_has_a_page_too() -> None:
@@ -259,7 +331,7 @@ def test_a_network_that_cannot_sample_has_a_page_too() -> None:
     page = render(ReportData(manifest, bare.layers, bare.graph_bytes, bare.command))
     text = Reader(page).text
     assert "33.2 dB" in text or "33.3 dB" in text
-    for absent in ("Fidelity", "Pictures", "call by call", "Speed", "Smoothing", "Correction", "PSNR"):
+    for absent in ("Fidelity", "Pictures", "call by call", "Speed", "Smoothing", "Corrections", "PSNR"):
         assert absent not in text
 
 

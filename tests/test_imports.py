@@ -33,7 +33,7 @@ ISLANDS = {
     "openvino": ("engines/openvino.py",),
     "onnxruntime": ("engines/ort",),
     "jinja2": ("evaluate/report.py",),
-    "matplotlib": ("evaluate/report.py",),
+    "matplotlib": ("evaluate/plots.py",),
     "lpips": ("evaluate/perceptual.py",),
     "ray": ("evaluate/ray_crew.py",),
     "cupy": ("engines/trt/cuda.py",),

@@ -8,15 +8,12 @@ host        share of the loop's time that is spent outside the network
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -27,7 +24,7 @@ from qncd_deploy.evaluate.batches import Batch, Draw, draw_batches
 from qncd_deploy.evaluate.compare import counter
 from qncd_deploy.evaluate.features import Lens
 from qncd_deploy.evaluate.judge import Figures, Judge, Origin
-from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, resident_bytes
+from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, machine, resident_bytes
 from qncd_deploy.evaluate.variants import REFERENCE, Variant
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
@@ -298,18 +295,7 @@ def _context(entrants: Sequence[_Entrant], draw: Draw, rounds: int) -> dict[str,
         "rounds": str(rounds),
         "pictures compared": str(draw.count),
         "seed": str(draw.seed),
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        **machine(),
         "threads": "the library's choice" if draw.threads is None else str(draw.threads),
         "engines": ", ".join(f"{name} {version or '(unknown)'}" for name, version in sorted(versions.items())),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()

@@ -1,8 +1,9 @@
-"""What is measured of one engine: raw samples, time spent inside it, the size of its graph, memory."""
+"""What is measured of one engine: raw samples, time spent inside it, the size of its graph, memory; and where."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import statistics
 import time
@@ -106,3 +107,21 @@ def resident_bytes() -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def machine() -> dict[str, str]:
+    """What figures were measured on, by class: no name of the machine and no path."""
+    return {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()

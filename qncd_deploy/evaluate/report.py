@@ -9,26 +9,26 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure as Plot
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from qncd_deploy.bundle import Manifest
+from qncd_deploy.evaluate import plots
 from qncd_deploy.evaluate.bench import BenchResult
 from qncd_deploy.evaluate.compare import Comparison
+from qncd_deploy.evaluate.contest import OFF, Contest, Kind
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.metrics import decibels, psnr
+from qncd_deploy.evaluate.table import ESTIMATES
 from qncd_deploy.files import atomic_file
 
 PAIRS = 8
@@ -37,27 +37,22 @@ PAIRS = 8
 GAIN = 8
 """How much differences are magnified: grey is none, one level of 255 is barely visible without."""
 
-_COLOURS = ("#2f7ed8", "#e07b28", "#3a9b52", "#b04fc4", "#c43c4b", "#8a7a2f")
-_INK = "#010203"  # stands for the colour of the page's text, which only the page knows
-
-
-@dataclass(frozen=True)
-class CorrectionChoice:
-    """What `auto` takes on one engine, by which objective ("shift", "psnr"), and its value for every method."""
-
-    engine: str
-    choice: str
-    objective: str
-    figures: Mapping[str, float]
+KINDS: Mapping[Kind, str] = {
+    "none": "no correction",
+    "published": "published",
+    "ours": "ours",
+    "combined": "made of the best",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """All that the page shows.
 
-    manifest: of the bundle; its quality["smoothing"], if any, is what pipeline.export writes;  layers: those of
-    plan.json;  graph_bytes: by file name, measure.graph_bytes;  comparison: None for a network that cannot sample;
-    command: what makes the bundle again;  variant: which one of the comparison the bundle is, its first by default.
+    manifest: of the bundle; its quality["smoothing"] and quality["corrections"], if any, are what pipeline.export
+    writes;  layers: those of plan.json;  graph_bytes: by file name, measure.graph_bytes;  command: what makes the page
+    again;  comparison: None for a network that cannot sample;  machine: what it was measured on, measure.machine;
+    variant: which one of the comparison the bundle is, its first by default.
     """
 
     manifest: Manifest
@@ -65,8 +60,8 @@ class ReportData:
     graph_bytes: Mapping[str, int]
     command: str
     comparison: Comparison | None = None
+    machine: Mapping[str, str] = field(default_factory=dict)
     variant: str | None = None
-    corrections: Sequence[CorrectionChoice] = ()
     bench: BenchResult | None = None
     notes: Sequence[str] = ()
 
@@ -88,12 +83,24 @@ class Pair:
     difference: str
 
 
+class Drawing(NamedTuple):
+    """A plot and what it shows."""
+
+    title: str
+    words: str
+    svg: Markup
+
+
 @dataclass(frozen=True)
 class LayerGroups:
-    """Quantized layers, the one that loses most first, and the others by reason."""
+    """Quantized layers, the one that loses most first, and the others by reason. best_db: the largest of all SQNR."""
 
     quantized: Sequence[Mapping[str, Any]]
     floats: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def best_db(self) -> float:
+        return max((db for layer in self.quantized for db in _sqnr(layer)), default=0.0)
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -111,15 +118,21 @@ def render(data: ReportData) -> str:
     environment.filters |= {"mib": _mib, "snr": _snr, "number": _number, "percent": _percent, "shape": _shape}
     template = environment.from_string(files("qncd_deploy.evaluate").joinpath("report.html").read_text("utf-8"))
     main = data.main
+    quality = data.manifest.quality
     return template.render(
         data=data,
         manifest=data.manifest,
         main=main,
+        columns=[] if data.comparison is None else _columns(data.comparison),
         pairs=[] if data.comparison is None or main is None else list(_pairs(data.comparison, main.name)),
         gain=GAIN,
+        overview=[] if data.comparison is None else list(_overview(data.comparison)),
         curves=[] if data.comparison is None else list(_curves(data.comparison)),
+        contests={engine: Contest.from_json(held) for engine, held in quality.get("corrections", {}).items()},
+        kinds=KINDS,
+        contest_plots=lambda contest: list(_contest_plots(contest)),
         layers=group_layers(data.layers),
-        smoothing=data.manifest.quality.get("smoothing", {}),
+        smoothing=quality.get("smoothing", {}),
     )
 
 
@@ -134,8 +147,11 @@ def group_layers(layers: Sequence[Mapping[str, Any]]) -> LayerGroups:
 
 
 def _worst_sqnr(layer: Mapping[str, Any]) -> float:
-    found = [layer[name] for name in ("sqnr_db", "act_sqnr_db") if layer.get(name) is not None]
-    return min(found, default=math.inf)
+    return min(_sqnr(layer), default=math.inf)
+
+
+def _sqnr(layer: Mapping[str, Any]) -> list[float]:
+    return [layer[name] for name in ("sqnr_db", "act_sqnr_db") if layer.get(name) is not None]
 
 
 def _pairs(comparison: Comparison, name: str) -> Iterator[Pair]:
@@ -156,49 +172,64 @@ def _png(picture: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _curves(comparison: Comparison) -> Iterator[tuple[str, str, Markup]]:
-    """Title, explanation and SVG of every curve there is something to draw for."""
-    named = {figures.name: figures for figures in comparison.variants}
-    free = {name: figures.latent_snr_db for name, figures in named.items() if figures.latent_snr_db}
-    forced = {name: figures.output_snr_db for name, figures in named.items() if figures.output_snr_db}
+def _columns(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Those of ESTIMATES that something was measured of."""
+    ways = (comparison.reference, *comparison.variants)
+    return [column for column in ESTIMATES if any(getattr(way, column[0]) is not None for way in ways)]
+
+
+def _overview(comparison: Comparison) -> Iterator[Drawing]:
+    """What tells variants apart, where there are several."""
+    for name, title, less_is_better in (("shift", "Shift", True), ("psnr", "PSNR", False)):
+        found = {way.name: each for way in comparison.variants if (each := getattr(way, name)) is not None}
+        if len(found) > 1:
+            ranked = sorted(found.items(), key=lambda item: item[1].value, reverse=not less_is_better)
+            label = "shift, less is better" if less_is_better else "PSNR in dB, more is better"
+            words = "with 95 % intervals, the best on top; dashed: without correction"
+            yield Drawing(title, words, plots.intervals(dict(ranked), base=OFF, label=label))
+
+
+def _curves(comparison: Comparison) -> Iterator[Drawing]:
+    """Of the first variant, of the one without correction, and of the best others."""
+    first, *others = comparison.variants
+    others.sort(key=lambda way: (way.correction != OFF, way.shift.value if way.shift else 0.0))
+    ways = [first, *others]
+    free = {way.name: way.latent_snr_db for way in ways if way.latent_snr_db}
+    # corrections of one network share its curve
+    forced = {values: way.name for way in reversed(ways) if (values := way.output_snr_db)}
     if free:
-        title, words = "Latent, running freely", "the state after each network call against the float twin's"
-        yield title, words, _curve(free, salt="latent")
+        words = "the state after each network call against the float twin's"
+        if len(free) > plots.LINES:
+            words += f"; {plots.LINES} of {len(free)}, the best by shift"
+        yield Drawing("Latent, running freely", words, plots.curves(_most(free)))
     if forced:
-        title = "Network output, at the float twin's inputs"
-        yield title, "what one call alone adds, before any correction", _curve(forced, salt="output")
+        lines = {name: values for values, name in reversed(forced.items())}
+        words = "what one call alone adds, before any correction"
+        yield Drawing("Network output, at the float twin's inputs", words, plots.curves(_most(lines)))
 
 
-def _curve(lines: Mapping[str, Sequence[float]], *, salt: str) -> Markup:
-    """Decibels over network calls as inline SVG, in the page's own text colour and font."""
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 11}
-    for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"):
-        style[part] = _INK
-    with mpl.rc_context(style):
-        plot = Plot(figsize=(6.4, 3.4), layout="constrained")
-        axes = plot.add_subplot()
-        for number, (name, values) in enumerate(lines.items()):
-            drawn = [value if math.isfinite(value) else math.nan for value in values]
-            calls = range(1, len(values) + 1)
-            colour = _COLOURS[number % len(_COLOURS)]
-            label = name.lstrip("_")  # which would hide it from the legend
-            axes.plot(calls, drawn, marker="o", markersize=3, color=colour, label=label)
-        axes.set(xlabel="network call", ylabel="SNR in dB")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        plot.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML prolog, which names a DTD on the network
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows the namespaces
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # as wide as the page lets it
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)  # the page's own
-    return Markup(svg.replace(_INK, "currentColor"))
+def _most(lines: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    return dict(islice(lines.items(), plots.LINES))
+
+
+def _contest_plots(contest: Contest) -> Iterator[Drawing]:
+    label = "shift, less is better" if contest.less_is_better else "PSNR in dB, more is better"
+    marked = {contest.choice: "taken"}
+    if contest.best_published not in (None, contest.choice):
+        marked[contest.best_published] = "best published"
+    for tried, title in (
+        (contest.figures, f"On {contest.pictures} held-out pictures"),
+        (contest.screened, f"On the first {contest.half} of them"),
+    ):
+        if tried is contest.screened and tried.keys() <= contest.figures.keys():
+            continue  # on an engine where only those competed that came far on another
+        finite = {name: tried[name] for name in contest.order(tried) if math.isfinite(tried[name])}
+        if OFF in finite and len(finite) > 1:
+            drawn = plots.bars(finite, base=OFF, label=label, less_is_better=contest.less_is_better, marked=marked)
+            yield Drawing(title, "bars begin at the dashed line: without correction", drawn)
+    if lines := contest.curves(plots.LINES):
+        words = "the state after each network call against the float twin's, on the first held-out pictures"
+        yield Drawing("Error, call by call", words, plots.curves(lines))
 
 
 def _mib(size: float) -> str:

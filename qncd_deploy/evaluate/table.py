@@ -11,7 +11,7 @@ from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.metrics import Estimate
 
-_ESTIMATES: tuple[tuple[str, str, str], ...] = (
+ESTIMATES: tuple[tuple[str, str, str], ...] = (
     ("shift", "shift", ".2g"),
     ("psnr", "PSNR dB", ".2f"),
     ("ssim", "SSIM", ".4f"),
@@ -44,7 +44,7 @@ def comparison_table(found: Comparison) -> Table:
     )
     lines = [["", *(way.name for way in ways)], ["engine", *(way.engine for way in ways)]]
     lines.append(["correction", *(_correction(way) for way in ways)])
-    for name, heading, digits in _ESTIMATES:
+    for name, heading, digits in ESTIMATES:
         lines.append([heading, *(_interval(getattr(way, name), digits) for way in ways)])
     for name, heading, words in _SERIES:
         lines.append([heading, *(words(series) if (series := getattr(way, name)) else "" for way in ways)])

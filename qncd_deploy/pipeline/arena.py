@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, StepFix
+from qncd_deploy.evaluate.contest import half_of
 from qncd_deploy.evaluate.features import FeatureNetwork
-from qncd_deploy.evaluate.metrics import psnr, shift
+from qncd_deploy.evaluate.metrics import psnr, shift, snr_db
 from qncd_deploy.pictures import Pictures
 from qncd_deploy.sampler import Sampler
 
@@ -28,17 +30,44 @@ class Candidate:
 class Arena:
     """Samples candidates, each picture once, and compares them.
 
-    exact: the float twin's pictures, all of the held-out ones;  plain: a sampler of the quantized network;  features:
-    None where pictures are compared one by one: by PSNR of their bytes, or of the latents where there are no pictures.
+    exact: the float twin's pictures, all of the held-out ones;  states: its states after every call, of the first n of
+    them, each (n, C, H, W);  plain: a sampler of the quantized network;  features: None where pictures are compared one
+    by one: by PSNR of their bytes, or of the latents where there are no pictures.
     on_pictures: told of every network call for how many pictures it was.
     """
 
     exact: Pictures
+    states: Sequence[np.ndarray]
     plain: Sampler
     features: FeatureNetwork | None
     seed: int
     on_pictures: Callable[[int], None] = lambda count: None
     _samples: dict[str, np.ndarray] = field(default_factory=dict)
+    _latent_snr_db: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        exact: Sampler,
+        plain: Sampler,
+        indices: Sequence[int],
+        features: FeatureNetwork | None,
+        *,
+        seed: int,
+        on_pictures: Callable[[int], None],
+    ) -> Arena:
+        """Sample the float twin. indices: of the held-out pictures."""
+        # no more than any candidate's first batch holds, so that all curves are of the same pictures
+        count = min(exact.batch_size, plain.batch_size, half_of(len(indices)))
+        states: list[np.ndarray] = []
+
+        def on_state(state: State) -> None:
+            on_pictures(len(state.x))
+            if len(states) < len(exact.steps):
+                states.append(exact.on_host(state).x[:count].copy())
+
+        pictures = exact.sample(indices, seed=seed, on_state=on_state)
+        return cls(pictures, states, plain, features, seed, on_pictures)
 
     def __post_init__(self) -> None:
         self._truth = self._described(self.exact, 0)
@@ -50,6 +79,11 @@ class Arena:
     def __len__(self) -> int:
         return len(self.exact)
 
+    @property
+    def half(self) -> int:
+        """How many pictures a candidate is tried on first."""
+        return half_of(len(self))
+
     def figure(self, candidate: Candidate, count: int) -> float:
         """The objective on the first `count` held-out pictures: shift, or mean PSNR in dB."""
         return self._figure(self._sampled(candidate, count), np.arange(count))
@@ -58,6 +92,11 @@ class Arena:
         """The same so that less is better."""
         figure = self.figure(candidate, count)
         return figure if self.features is not None else -figure
+
+    def latent_snr_db(self, candidate: Candidate) -> tuple[float, ...]:
+        """Of the state after every call against the float twin's, both running freely; see evaluate.batches."""
+        self._sampled(candidate, self.half)
+        return self._latent_snr_db[candidate.name]
 
     def wins(self, candidate: Candidate, rival: Candidate, count: int) -> float:
         """Share of bootstrap resamples of the first `count` pictures in which the candidate is better than its rival:
@@ -89,7 +128,17 @@ class Arena:
                 batch_size=self.plain.batch_size,
             )
             indices: Sequence[int] = self.exact.indices[start:count].tolist()
-            found = sampler.sample(indices, seed=self.seed, on_state=lambda state: self.on_pictures(len(state.x)))
+            snr: list[float] = []
+
+            def on_state(state: State) -> None:
+                self.on_pictures(len(state.x))
+                if start == 0 and len(snr) < len(self.states):
+                    exact = self.states[len(snr)]
+                    snr.append(snr_db(exact, sampler.on_host(state).x[: len(exact)]))
+
+            found = sampler.sample(indices, seed=self.seed, on_state=on_state)
+            if start == 0:
+                self._latent_snr_db[candidate.name] = tuple(snr)
             new = self._described(found, start)
             self._samples[candidate.name] = held = new if held is None else np.concatenate([held, new])
         assert held is not None

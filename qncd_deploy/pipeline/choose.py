@@ -22,23 +22,22 @@ from qncd_deploy.correct.fitting import Study
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.correct.rules import active, only, without_variance
 from qncd_deploy.errors import CalibrationError
+from qncd_deploy.evaluate.contest import OFF
 from qncd_deploy.pipeline.arena import Arena, Candidate
 
 FINALISTS = 4
 CONFIDENCE = 0.95
-OFF = "off"
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """taken: the candidate that wins, None for "off";  figures: the objective of every candidate tried on all held-out
-    pictures;  screened: of every candidate, on the first half of them;  wins: how often each of `figures` beats "off".
-    """
+    """taken: the candidate that wins, None for "off";  figures, screened, wins, latent_snr_db: see Contest."""
 
     taken: Candidate | None
     figures: Mapping[str, float]
     screened: Mapping[str, float]
     wins: Mapping[str, float]
+    latent_snr_db: Mapping[str, tuple[float, ...]]
 
 
 def choose(
@@ -49,21 +48,24 @@ def choose(
     shortlist: only these enter, such as those that came far on another engine.
     """
     off = Candidate(OFF, tuple(StepFix() for _ in study.steps))
-    half, whole = max(1, len(arena) // 2), len(arena)
+    half, whole = arena.half, len(arena)
     entrants = [Candidate(name, fixes) for name, fixes in fitted.items() if shortlist is None or name in shortlist]
     finalists = sorted(entrants, key=lambda each: arena.cost(each, half))[:FINALISTS]
-    tried = [off, *finalists]
+    screened, tried = [off, *entrants], [off, *finalists]
     best = min(tried, key=lambda each: arena.cost(each, whole))
     for kind in (_with_input, _with_other_variance, _on_some_calls):
-        found = [each for each in kind(study, best) if arena.cost(each, half) < arena.cost(best, half)]
+        made = list(kind(study, best))
+        found = [each for each in made if arena.cost(each, half) < arena.cost(best, half)]
+        screened += made
         tried += found
         best = min([best, *found], key=lambda each: arena.cost(each, whole))
     wins = {each.name: arena.wins(each, off, whole) for each in tried if each is not off}
     return Choice(
         taken=best if wins.get(best.name, 0.0) >= CONFIDENCE else None,
         figures={each.name: arena.figure(each, whole) for each in tried},
-        screened={each.name: arena.figure(each, half) for each in (off, *entrants)},
+        screened={each.name: arena.figure(each, half) for each in screened},
         wins=wins,
+        latent_snr_db={each.name: arena.latent_snr_db(each) for each in screened},
     )
 
 

@@ -18,7 +18,7 @@ from qncd_deploy.evaluate.store import Store
 from qncd_deploy.evaluate.variants import Variant, fitted_methods
 from qncd_deploy.files import atomic_file, canonical_json
 from qncd_deploy.pipeline.progress import Tick
-from qncd_deploy.pipeline.proof import write_comparison
+from qncd_deploy.pipeline.proof import write_page
 from qncd_deploy.runtime import Bundle
 
 ALL = "all"
@@ -96,7 +96,7 @@ def write_evaluation(out: Path, bundle: Bundle, facts: Mapping[str, Any], found:
     """As write_json; in a folder report.html too, if the `report` extra is here."""
     write_json(out, facts)
     if out.is_dir():
-        write_comparison(out / "report.html", bundle, found, command=command)
+        write_page(out, bundle, found, command=command)
 
 
 def write_json(out: Path, facts: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         _write_network(folder, network, quantized)
         manifest = write_manifest(folder, _manifest(network, quantized, options))
         if network.schedule is None:
-            write_page(Bundle(folder, manifest), {}, None, command=command)
+            write_page(folder, Bundle(folder, manifest), None, command=command)
             return Exported(Bundle(target, manifest), quantized, {}, None, network.notes)
         exact = options.correction == "off" or options.format == FLOAT_FORMAT
         fitted = {} if exact else _fitted(Bundle(folder, manifest), options, progress)
@@ -88,9 +88,10 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
             manifest = write_manifest(folder, replace(manifest, roles=roles))
         with progress.stage("proof") as tick:
             proof = prove(Bundle(folder, manifest), size=options.eval_size, seed=options.seed, tick=tick)
-        quality = {**manifest.quality, **proof.quality}
+        contests = {"corrections": {engine: each.to_json() for engine, each in fitted.items()}} if fitted else {}
+        quality = {**manifest.quality, **contests, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
-        write_page(Bundle(folder, manifest), fitted, proof, command=command)
+        write_page(folder, Bundle(folder, manifest), proof.comparison, command=command)
     return Exported(Bundle(target, manifest), quantized, fitted, proof, network.notes)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
 from qncd_deploy.engines.base import Remainder, default_backend
 from qncd_deploy.errors import CalibrationError, UsageError
+from qncd_deploy.evaluate.contest import OFF, Contest
 from qncd_deploy.evaluate.features import FeatureNetwork
 from qncd_deploy.files import canonical_json
 from qncd_deploy.pipeline.arena import Arena
-from qncd_deploy.pipeline.choose import Choice, choose
+from qncd_deploy.pipeline.choose import CONFIDENCE, Choice, choose
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler, default_batch
@@ -36,20 +37,11 @@ FIRST_CHOICE_PICTURE = 1 << 29
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """The tables of one way to sample, which one `--correction auto` takes, and by what figures (name -> value).
-
-    figures: of everything tried on all held-out pictures;  screened: of every method on half of them;  refused: why a
-    method could not be fitted.
-    """
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted(Contest):
+    """The tables of one way to sample, and which of them `--correction auto` takes."""
 
     tables: tuple[CorrectionTable, ...]
-    choice: str
-    objective: str
-    figures: Mapping[str, float]
-    screened: Mapping[str, float] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,12 +107,20 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         features = None
         if options.objective == "shift" and "features" in bundle.manifest.roles and exact.network.decoder is not None:
             features = stack.enter_context(FeatureNetwork.open(bundle.file("features"), twin))
-        pictures = exact.sample(options.choice_pictures, seed=options.seed, on_state=lambda s: done.add(len(s.x)))
-        arena = Arena(pictures, plain, features, options.seed, done.add)
+        arena = Arena.of(exact, plain, options.choice_pictures, features, seed=options.seed, on_pictures=done.add)
         chosen = choose(study, fitted, arena, shortlist=options.shortlist)
-    tables = _tables(plain.table.key, fitted, chosen, arena.objective, options)
-    name = "off" if chosen.taken is None else chosen.taken.name
-    return Fitted(tables, name, arena.objective, chosen.figures, chosen.screened, refused)
+    return Fitted(
+        tables=_tables(plain.table.key, fitted, chosen, arena.objective, options),
+        choice=OFF if chosen.taken is None else chosen.taken.name,
+        objective=arena.objective,
+        pictures=len(arena),
+        confidence=CONFIDENCE,
+        figures=chosen.figures,
+        screened=chosen.screened,
+        wins=chosen.wins,
+        refused=refused,
+        latent_snr_db=chosen.latent_snr_db,
+    )
 
 
 _CPU = ("openvino", "onnxruntime", "torch")

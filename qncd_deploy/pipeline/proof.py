@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from qncd_deploy.engines.base import default_backend
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
 from qncd_deploy.evaluate.judge import Draw, Figures
-from qncd_deploy.evaluate.measure import graph_bytes
+from qncd_deploy.evaluate.measure import graph_bytes, machine
 from qncd_deploy.evaluate.metrics import Estimate
-from qncd_deploy.pipeline.fit import Fitted
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
 
@@ -74,23 +71,10 @@ def _rounded(found: Estimate | None) -> float | None:
     return None if found is None else round(found.value, 4)
 
 
-def write_page(bundle: Bundle, fitted: Mapping[str, Fitted], proof: Proof | None, *, command: str) -> bool:
-    """Write report.html into the bundle, as write_comparison does."""
-    comparison = None if proof is None else proof.comparison
-    return write_comparison(bundle.path / "report.html", bundle, comparison, fitted, command=command)
-
-
-def write_comparison(
-    path: Path,
-    bundle: Bundle,
-    comparison: Comparison | None,
-    fitted: Mapping[str, Fitted] = MappingProxyType({}),
-    *,
-    command: str,
-) -> bool:
-    """Write a page about a bundle, if the libraries of the `report` extra are here; says whether it did."""
+def write_page(folder: Path, bundle: Bundle, comparison: Comparison | None, *, command: str) -> bool:
+    """Write report.html about a bundle, if the libraries of the `report` extra are here; says whether it did."""
     try:
-        from qncd_deploy.evaluate.report import CorrectionChoice, ReportData, write_report
+        from qncd_deploy.evaluate.report import ReportData, write_report
     except ImportError:
         return False
     manifest = bundle.manifest
@@ -101,9 +85,7 @@ def write_comparison(
         graph_bytes={name: graph_bytes(bundle.path / name) for name in graphs},
         command=command,
         comparison=comparison,
-        corrections=[
-            CorrectionChoice(engine, each.choice, each.objective, each.figures) for engine, each in fitted.items()
-        ],
+        machine=machine(),
     )
-    write_report(path, data)
+    write_report(folder / "report.html", data)
     return True

@@ -1,0 +1,151 @@
+"""How corrections did on held-out pictures when one was chosen: what was tried, what it gave, and what was refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from qncd_deploy.correct.methods import METHODS
+
+OFF = "off"
+
+Kind = Literal["none", "published", "ours", "combined"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contest:
+    """What `--correction auto` takes on one engine, and by which figures.
+
+    choice: a name, OFF if nothing is better beyond chance;  objective: "shift", where less is better, or "psnr", in dB;
+    pictures: held out, in all;  screened: the objective of every candidate on the first half of them;  figures: on all
+    of them, of OFF, the finalists and what was made of these;  wins: the share of bootstrap resamples in which each of
+    `figures` beats OFF;  confidence: the share that is asked for;  refused: why a method could not be fitted;
+    latent_snr_db: one a network call, over the same few pictures for all; see evaluate.batches.
+    """
+
+    choice: str
+    objective: str
+    pictures: int
+    confidence: float
+    figures: Mapping[str, float]
+    screened: Mapping[str, float]
+    wins: Mapping[str, float]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    latent_snr_db: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a manifest: plain values, rounded to what means anything; an infinite SNR is null."""
+        return {
+            "choice": self.choice,
+            "objective": self.objective,
+            "pictures": self.pictures,
+            "confidence": self.confidence,
+            **{name: _rounded(getattr(self, name)) for name in ("figures", "screened", "wins")},
+            "refused": dict(self.refused),
+            "latent_snr_db": {
+                name: [round(value, 2) if math.isfinite(value) else None for value in values]
+                for name, values in self.latent_snr_db.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Contest:
+        """What to_json made. Raises KeyError if something is missing."""
+        plain = {part.name: data[part.name] for part in fields(Contest)}
+        curves = {
+            name: tuple(math.inf if value is None else value for value in values)
+            for name, values in data["latent_snr_db"].items()
+        }
+        return cls(**plain | {"latent_snr_db": curves})
+
+    @property
+    def less_is_better(self) -> bool:
+        return self.objective == "shift"
+
+    @property
+    def half(self) -> int:
+        """How many pictures everything is tried on first."""
+        return half_of(self.pictures)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the choice beats OFF by the share that is asked for; it need not if a user asked for it by name."""
+        return self.wins.get(self.choice, 0.0) >= self.confidence
+
+    @property
+    def runner_up(self) -> str | None:
+        """The best of what was tried on all pictures, the choice and OFF left out."""
+        return next((name for name in self.order(self.figures) if name not in (OFF, self.choice)), None)
+
+    @property
+    def best_published(self) -> str | None:
+        """The best single published method, on all pictures if one got so far."""
+        for tried in (self.figures, self.screened):
+            found = [name for name in self.order(tried) if kind_of(name) == "published"]
+            if found:
+                return found[0]
+        return None
+
+    def order(self, tried: Mapping[str, float]) -> list[str]:
+        """Names of `figures` or `screened`, the best first and what is not a number last."""
+
+        def cost(name: str) -> float:
+            value = tried[name]
+            return math.inf if math.isnan(value) else value if self.less_is_better else -value
+
+        return sorted(tried, key=lambda name: (cost(name), name))
+
+    @property
+    def ranked(self) -> tuple[Standing, ...]:
+        """Everything that competed: by what it gave on all pictures, then by what it gave on half of them."""
+        screened_only = [name for name in self.order(self.screened) if name not in self.figures]
+        return tuple(
+            Standing(
+                name=name,
+                kind=kind_of(name),
+                half=self.screened.get(name),
+                whole=self.figures.get(name),
+                wins=self.wins.get(name),
+            )
+            for name in (*self.order(self.figures), *screened_only)
+        )
+
+    def curves(self, most: int) -> dict[str, tuple[float, ...]]:
+        """latent_snr_db of OFF, the choice, the best single published method and the best other ones, `most` in all;
+        combinations last, since they differ little from what they are made of."""
+        others = sorted((each.name for each in self.ranked), key=lambda name: kind_of(name) == "combined")
+        ranked = (OFF, self.choice, self.best_published, *others)
+        names = [name for name in dict.fromkeys(ranked) if name in self.latent_snr_db]
+        return {name: self.latent_snr_db[name] for name in names[:most]}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a candidate gave, by the objective, on half and on all of the pictures; see Contest."""
+
+    name: str
+    kind: Kind
+    half: float | None
+    whole: float | None
+    wins: float | None
+
+
+def kind_of(name: str) -> Kind:
+    """Whether a candidate is a single method, of a paper or ours, or made of several or of a part of one."""
+    if name == OFF:
+        return "none"
+    if name not in METHODS:
+        return "combined"
+    return "published" if METHODS[name].published else "ours"
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """To four significant digits."""
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+def half_of(count: int) -> int:
+    """Half of so many pictures, rounded down, but one at least."""
+    return max(1, count // 2)

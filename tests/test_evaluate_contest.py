@@ -1,0 +1,76 @@
+"""The record of how a correction was chosen: what it says, and that a manifest keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from qncd_deploy.correct.methods import METHODS
+from qncd_deploy.evaluate.contest import Contest, half_of, kind_of
+from qncd_deploy.files import canonical_json
+
+CONTEST = Contest(
+    choice="filter+ibc",
+    objective="shift",
+    pictures=9,
+    confidence=0.95,
+    figures={"off": 0.5, "tac": 0.3, "filter": 0.2, "filter+ibc": 0.1},
+    screened={"off": 0.6, "ptqd": 0.35, "tac": 0.4, "filter": 0.3, "dns": math.nan, "filter+ibc": 0.2},
+    wins={"tac": 0.9, "filter": 0.96, "filter+ibc": 1.0},
+    refused={"d2dpm": "too few"},
+    latent_snr_db={name: (10.0, math.inf) for name in ("off", "ptqd", "tac", "filter", "filter+ibc", "dns")},
+)
+
+
+def test_a_manifest_keeps_it() -> None:
+    assert not any(math.isnan(value) for value in CONTEST.figures.values())
+    given = replace(CONTEST, screened={"off": 0.123456}, figures={"off": 0.5})
+    held = Contest.from_json(json.loads(canonical_json(given.to_json())))
+    assert held.screened == {"off": 0.1235}  # four digits
+    for name in ("choice", "objective", "pictures", "confidence", "figures", "wins", "refused", "latent_snr_db"):
+        assert getattr(held, name) == getattr(given, name), name
+    assert held.latent_snr_db["off"] == (10.0, math.inf)
+
+
+def test_ranks_all_pictures_before_half_of_them_and_numbers_before_none() -> None:
+    ranked = CONTEST.ranked
+    assert [each.name for each in ranked] == ["filter+ibc", "filter", "tac", "off", "ptqd", "dns"]
+    assert [each.kind for each in ranked] == ["combined", "ours", "published", "none", "published", "published"]
+    assert (ranked[1].half, ranked[1].whole, ranked[1].wins) == (0.3, 0.2, 0.96)
+    assert (ranked[4].half, ranked[4].whole, ranked[4].wins) == (0.35, None, None)
+    more = replace(CONTEST, objective="psnr")
+    assert [each.name for each in more.ranked] == ["off", "tac", "filter", "filter+ibc", "ptqd", "dns"]
+
+
+def test_the_best_published_is_one_on_all_pictures_if_there_is_one() -> None:
+    assert CONTEST.best_published == "tac"  # though ptqd did better on half of them
+    assert replace(CONTEST, figures={"off": 0.5, "filter": 0.2}).best_published == "ptqd"
+    assert replace(CONTEST, figures={"off": 0.5}, screened={"filter": 0.3}).best_published is None
+    assert CONTEST.runner_up == "filter"
+    assert replace(CONTEST, choice="off").runner_up == "filter+ibc"
+    assert replace(CONTEST, figures={"off": 0.5}).runner_up is None
+
+
+@pytest.mark.parametrize(("choice", "significant"), [("filter+ibc", True), ("filter", True), ("tac", False)])
+def test_significance_is_of_the_choice(choice: str, significant: bool) -> None:
+    assert replace(CONTEST, choice=choice).significant is significant
+    assert not replace(CONTEST, choice="off").significant
+
+
+def test_curves_are_of_what_explains_the_choice_and_combinations_come_last() -> None:
+    assert list(CONTEST.curves(9)) == ["off", "filter+ibc", "tac", "filter", "ptqd", "dns"]
+    assert list(CONTEST.curves(3)) == ["off", "filter+ibc", "tac"]
+    assert list(replace(CONTEST, choice="off").curves(9)) == ["off", "tac", "filter", "ptqd", "dns", "filter+ibc"]
+
+
+def test_every_method_is_of_a_kind_and_a_part_of_one_is_made_of_it() -> None:
+    assert {kind_of(name) for name in METHODS} == {"published", "ours"}
+    assert kind_of("ptqd@late") == kind_of("ibc-map") == "combined"
+
+
+def test_half_of_nearly_nothing_is_one() -> None:
+    assert [half_of(count) for count in (1, 2, 3, 64)] == [1, 1, 1, 32]
+    assert CONTEST.half == 4
