@@ -1,4 +1,6 @@
-"""A machine that only runs bundles: Python 3.10 and the `cpu` extra, without torch, onnx or diffusers."""
+"""A machine that only runs bundles: Python 3.10 with NumPy 1.26, as JetPack 6 has them, and the `cpu` extra, without
+torch, onnx or diffusers.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reachable = subprocess.run([*pip, "--dry-run", "numpy"], capture_output=True, text=True, check=False)
     if reachable.returncode:
         pytest.skip("no package index in reach")
-    subprocess.run([*pip, f"{source}[cpu]"], check=True)
+    subprocess.run([*pip, f"{source}[cpu]", "numpy==1.26.4", "pytest", "hypothesis"], check=True)
     return folder / "venv"
 
 
@@ -65,9 +67,26 @@ def test_a_bundle_samples_without_what_made_it(venv: Path, bundle: Path, tmp_pat
             latents.append(found["latents"])
     # Two INT8 engines that round some ties differently, over four calls; another network would differ by its size.
     assert np.abs(latents[0] - latents[1]).max() < 0.1 * np.abs(latents[0]).max()
-    for verb in (("verify", bundle), ("inspect", bundle), ("doctor",)):
+    for verb in (("verify", bundle), ("inspect", bundle), ("doctor",), ("eval", bundle, "-n", 2, "-o", "quality.json")):
         done = run(venv, "qncd", *verb, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     refused = run(venv, "qncd-export", "model.ckpt", "--int8", cwd=tmp_path)
     assert refused.returncode == 1
     assert "pip install" in refused.stderr and "Traceback" not in refused.stderr
+
+
+RUNTIME_TESTS = (
+    "bundle", "correct_record", "correct_rules", "engines_eps_model", "engines_trt_cuda", "engines_trt_library",
+    "engines_trt_store", "files", "pictures", "sample", "sampler", "schedule", "steps", "study",
+)  # fmt: skip
+"""Those of the modules that a board runs; what in them needs an absent library skips itself."""
+
+
+def test_the_runtimes_own_tests_pass_there(venv: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    files = [f"tests/test_{name}.py" for name in RUNTIME_TESTS]
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+    done = run(venv, "python", "-W", "ignore", "-m", "pytest", *options, *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:]
+    numpy = run(venv, "python", "-c", "import numpy; print(numpy.__version__)", cwd=tmp_path)
+    assert numpy.stdout.strip() == "1.26.4"

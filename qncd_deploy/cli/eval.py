@@ -65,7 +65,8 @@ _PLAIN_WIDTH = 240  # where there is no terminal
     "corrections",
     multiple=True,
     metavar="C",
-    help="auto, off, a fitted method, or all of them. Repeatable; the gates are about the first.  [default: auto, off]",
+    help="auto, off, a fitted method, or all: every one that was fitted for this way to sample. Repeatable; the gates "
+    "are about the first.  [default: auto, off]",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: 16, less for large ones]")
 @click.option(
