@@ -19,7 +19,7 @@ from fake_tensorrt import TensorRT, fixed, plan
 
 from qncd_deploy.engines.trt.cuda import DeviceArrays
 from qncd_deploy.engines.trt.device import Device
-from qncd_deploy.engines.trt.library import Library
+from qncd_deploy.engines.trt.library import Library, open_library
 from qncd_deploy.engines.trt.loaded import LoadedEngine
 from qncd_deploy.errors import EngineError
 
@@ -187,3 +187,14 @@ def test_closing_gives_the_memory_back(graph: Path, arrays: DeviceArrays) -> Non
         assert len(fake_cupy.MEMORY.held) == before
     finally:
         gc.enable()
+
+
+def test_the_librarys_own_refusal_is_one_line(arrays: DeviceArrays) -> None:
+    """TensorRT for RTX itself, which reads a plan's header without a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed (x86-64 only)")
+    library = open_library("tensorrt-rtx")
+    with pytest.raises(EngineError) as refused:
+        LoadedEngine(library, arrays, b"no plan" * 100, place=Path("net.engine"))
+    message = str(refused.value)
+    assert message.startswith(f"net.engine: tensorrt-rtx {library.version_text} on Fake GPU cannot load it (")
+    assert message.endswith(". Run `qncd build` again here.") and "\n" not in message
