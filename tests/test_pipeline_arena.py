@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,24 @@ def test_of_few_pictures_only_the_first_half_is_traced(samplers: tuple[Sampler, 
     arena.figure(OFF, arena.half)
     np.testing.assert_allclose(arena.latent_snr_db(OFF), snr_of(samplers, HELD_OUT[:2]), rtol=1e-4)
     assert counts == [3] * CALLS + [1] * CALLS + [2] * CALLS
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_candidate_that_grows_beyond_all_numbers_is_the_worst(samplers: tuple[Sampler, Sampler]) -> None:
+    exact, plain = (
+        Sampler(
+            replace(each.network, decoder=None),  # whose pictures are refused if they are not finite
+            config=each.config,
+            guidance_scale=each.guidance_scale,
+            table=each.table,
+            batch_size=3,
+        )
+        for each in samplers
+    )
+    arena = arena_of((exact, plain))
+    wild = Candidate("wild", (StepFix(b=np.full(8, 1e38)),) * CALLS)
+    assert arena.cost(wild, 5) == np.inf > arena.cost(OFF, 5)
+    assert arena.wins(wild, OFF, 5) == 0
 
 
 @pytest.fixture(scope="module")

@@ -36,29 +36,30 @@ class Contest:
     latent_snr_db: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For a manifest: plain values, rounded to what means anything; an infinite SNR is null."""
+        """For a manifest: plain values, rounded to what means anything; null for what is no finite number."""
         return {
             "choice": self.choice,
             "objective": self.objective,
             "pictures": self.pictures,
             "confidence": self.confidence,
-            **{name: _rounded(getattr(self, name)) for name in ("figures", "screened", "wins")},
+            "wins": dict(self.wins),
             "refused": dict(self.refused),
-            "latent_snr_db": {
-                name: [round(value, 2) if math.isfinite(value) else None for value in values]
-                for name, values in self.latent_snr_db.items()
-            },
+            "figures": {name: _plain(value) for name, value in self.figures.items()},
+            "screened": {name: _plain(value) for name, value in self.screened.items()},
+            "latent_snr_db": {name: [_plain(value) for value in values] for name, values in self.latent_snr_db.items()},
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Contest:
         """What to_json made. Raises KeyError if something is missing."""
         plain = {part.name: data[part.name] for part in fields(Contest)}
-        curves = {
+        for tried in ("figures", "screened"):
+            plain[tried] = {name: math.nan if value is None else value for name, value in data[tried].items()}
+        plain["latent_snr_db"] = {
             name: tuple(math.inf if value is None else value for value in values)
             for name, values in data["latent_snr_db"].items()
         }
-        return cls(**plain | {"latent_snr_db": curves})
+        return cls(**plain)
 
     @property
     def less_is_better(self) -> bool:
@@ -141,9 +142,9 @@ def kind_of(name: str) -> Kind:
     return "published" if METHODS[name].published else "ours"
 
 
-def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+def _plain(value: float) -> float | None:
     """To four significant digits."""
-    return {name: float(f"{value:.4g}") for name, value in values.items()}
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def half_of(count: int) -> int:

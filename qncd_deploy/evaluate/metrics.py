@@ -67,8 +67,11 @@ def row_power(x: np.ndarray) -> np.ndarray:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise) of two powers, infinite without noise."""
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf if signal or not noise else -math.inf
+    """10 log10(signal / noise) of two powers, infinite without noise, minus infinity where it outgrows all numbers."""
+    if not noise:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio else -math.inf
 
 
 @dataclass(frozen=True, eq=False)

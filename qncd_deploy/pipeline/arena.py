@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -89,9 +90,10 @@ class Arena:
         return self._figure(self._sampled(candidate, count), np.arange(count))
 
     def cost(self, candidate: Candidate, count: int) -> float:
-        """The same so that less is better."""
+        """The same so that less is better; infinite for a candidate whose latents grow beyond all numbers."""
         figure = self.figure(candidate, count)
-        return figure if self.features is not None else -figure
+        cost = figure if self.features is not None else -figure
+        return cost if math.isfinite(cost) else math.inf
 
     def latent_snr_db(self, candidate: Candidate) -> tuple[float, ...]:
         """Of the state after every call against the float twin's, both running freely; see evaluate.batches."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import numpy as np
 
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
-from qncd_deploy.engines.base import Remainder, default_backend
+from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
 from qncd_deploy.errors import CalibrationError, UsageError
 from qncd_deploy.evaluate.contest import OFF, Contest
 from qncd_deploy.evaluate.features import FeatureNetwork
@@ -47,7 +49,8 @@ class Fitted(Contest):
 @dataclass(frozen=True)
 class FitOptions:
     """What to fit for; None is the bundle's own. methods: of METHODS, None for all. shortlist: of these, the ones that
-    auto chooses among, None for all. size: pictures to fit on; the choice is made on twice as many.
+    auto chooses among, None for all. size: pictures to fit on; the choice is made on twice as many. blobs: what
+    `qncd build` compiled, since tables are of the engine that runs them.
     """
 
     backend: str
@@ -63,6 +66,7 @@ class FitOptions:
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None
+    blobs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if unknown := set(self.methods or ()) - METHODS.keys():
@@ -99,7 +103,9 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         twin = options.backend if options.backend not in _CPU else default_backend()
         exact = stack.enter_context(bundle.sampler(twin, float_twin=True, **opened))
         plain = stack.enter_context(
-            bundle.sampler(options.backend, correction="off", remainder=options.remainder, **opened)
+            bundle.sampler(
+                options.backend, correction="off", remainder=options.remainder, blobs=options.blobs, **opened
+            )
         )
         done = _Work(tick, options, calls=len(plain.steps))
         study = _recorded(bundle, exact, plain, options, work, done)
@@ -121,6 +127,19 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         refused=refused,
         latent_snr_db=chosen.latent_snr_db,
     )
+
+
+def fit_into(folder: Path, bundle: Bundle, options: FitOptions, tick: Tick) -> tuple[Path, Fitted]:
+    """Fit, and add the tables to FOLDER/corrections-ENGINE.npz, which is returned. Raises as fit does; an interrupted
+    fit goes on where it stopped.
+    """
+    work = folder / "fits"
+    work.mkdir(parents=True, exist_ok=True)
+    fitted = fit(bundle, options, work, tick)
+    path = folder / f"corrections-{make_engine_id(options.backend, options.remainder)}.npz"
+    merge_into(path, [fitted])
+    shutil.rmtree(work, ignore_errors=True)
+    return path, fitted
 
 
 _CPU = ("openvino", "onnxruntime", "torch")
@@ -207,7 +226,7 @@ def _tables(
         found: dict[str, Any] = {"pictures": options.size}
         if name in chosen.figures:
             found |= {objective: chosen.figures[name], "beats off": chosen.wins[name]}
-        elif name in chosen.screened:
+        elif math.isfinite(chosen.screened.get(name, math.nan)):
             found |= {f"{objective}, half of the pictures": chosen.screened[name]}
         return found
 
