@@ -206,7 +206,7 @@ def test_the_page_holds_its_numbers() -> None:
     text = re.sub(r"\s+", " ", Reader(render(data())).text)
     for words in (
         "4 of 6 weighted layers quantized, plms with 17 steps, guidance 1.5",
-        "46.0 dB", "95 % interval 45.5 to 46.5, 64 pictures", "46.03", "0.00061", "0.0004–0.0008", "0.9871", "6.13",
+        "46.0 dB", "95 % interval 45.5 to 46.5, 64 pictures", "46.03", "0.00061", "0.0004 – 0.0008", "0.9871", "6.13",
         "0.9375", "0.9420", "0.299", "4 + 2", "seed 5",
         "8.0 MiB", "24.0 MiB in float: 3.0 times smaller",
         "class 7, ", "difference times 8",

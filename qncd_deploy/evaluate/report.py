@@ -217,12 +217,11 @@ def _contest_plots(contest: Contest) -> Iterator[Drawing]:
     marked = {contest.choice: "taken"}
     if contest.best_published not in (None, contest.choice):
         marked[contest.best_published] = "best published"
-    for tried, title in (
-        (contest.figures, f"On {contest.pictures} held-out pictures"),
-        (contest.screened, f"On the first {contest.half} of them"),
-    ):
-        if tried is contest.screened and tried.keys() <= contest.figures.keys():
-            continue  # on an engine where only those competed that came far on another
+    held_out = (contest.figures, f"On {contest.pictures} held-out pictures")
+    first = (contest.screened, f"On the first {contest.half} of them")
+    # where only those competed that came far on another engine, both are of the same
+    shown = [held_out] if contest.screened.keys() <= contest.figures.keys() else [held_out, first]
+    for tried, title in shown:
         finite = {name: tried[name] for name in contest.order(tried) if math.isfinite(tried[name])}
         if OFF in finite and len(finite) > 1:
             drawn = plots.bars(finite, base=OFF, label=label, less_is_better=contest.less_is_better, marked=marked)
