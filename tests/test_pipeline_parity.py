@@ -6,6 +6,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ import onnx
 from fake_tensorrt import Machine, install
 from onnx import numpy_helper
 
+from qncd_deploy.cli import build as cli
 from qncd_deploy.pipeline import parity
+from qncd_deploy.pipeline.fit import FitOptions
 from qncd_deploy.pipeline.parity import ALLOWED, ALONE, SLACK, WATCHED, Case, Parity, first_wrong, measure, record
 from qncd_deploy.runtime import Bundle
 
@@ -85,7 +88,7 @@ def test_what_is_recorded_is_the_float_samplers_own(bundle: Path) -> None:
 
 
 def build(bundle: Path, folder: Path, *more: object) -> tuple[int, str, str]:
-    done = qncd("build", bundle, "--backend", "tensorrt", "--engine-dir", folder, *more)
+    done = qncd("build", bundle, "--backend", "tensorrt", "--no-fit", "--engine-dir", folder, *more)
     return done.code, done.out, done.err
 
 
@@ -100,6 +103,25 @@ def test_a_sound_engine_is_kept_with_its_errors(bundle: Path, tmp_path: Path, ma
     assert machine.watched == []
     assert all(Path(engine["path"]).is_file() for engine in engines)
     assert json.loads(build(bundle, tmp_path, "--batch", "1,2", "--json")[1])["parity"] is None  # not built again
+
+
+def test_tables_are_fitted_for_the_engine_that_passed(
+    bundle: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fit_into(folder: Path, opened: Bundle, options: FitOptions, tick: object) -> tuple[Path, SimpleNamespace]:
+        asked.append(options)
+        return folder / "corrections-tensorrt-f16.npz", SimpleNamespace(choice="ptqd")
+
+    monkeypatch.setattr(cli, "fit_into", fit_into)
+    args = ("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path, "--batch", 2)
+    done = qncd(*args)
+    assert done.code == 0 and done.out.splitlines()[-1].endswith("corrections-tensorrt-f16.npz  auto = ptqd"), done.err
+    (options,) = asked
+    assert (options.backend, options.batch_size) == ("tensorrt", 2)
+    assert [path.parent for path in options.blobs] == [tmp_path / bundle.name] * 2
+    assert qncd(*args).code == 0 and len(asked) == 1  # nothing was built
 
 
 def spoil(model: onnx.ModelProto) -> str:

@@ -20,6 +20,7 @@ from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import Remainder, default_backend
 from qncd_deploy.engines.trt.options import TARGETS, Hardware
 from qncd_deploy.pipeline.build import BuildRequest, Size, build, trtexec_lines
+from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle
 
 
@@ -125,6 +126,9 @@ _tensorrt_options = together(
     help="Pictures at a time; several are profiles of one TensorRT engine.  [default: as `qncd sample`]",
 )
 @_tensorrt_options
+@click.option(
+    "--fit/--no-fit", default=True, help="TensorRT: fit correction tables for a new engine of this GPU, as `qncd fit`."
+)
 @threads_option
 @engine_dir_option
 @json_option
@@ -140,6 +144,7 @@ def build_command(
     hardware: Hardware,
     version_compatible: bool,
     trtexec: bool,
+    fit: bool,
     threads: int | None,
     engine_dir: Path,
     as_json: bool,
@@ -171,9 +176,20 @@ def build_command(
             click.echo("\n".join(lines))
         return
     engines = build(opened, folder, request, Bars())
+    tables = choice = None
+    if fit and engines[0].parity is not None:
+        options = FitOptions(
+            request.backend,
+            remainder=remainder,
+            batch_size=request.batches[0] if request.batches else None,
+            blobs=tuple(engine.path for engine in engines),
+        )
+        with Bars().stage("fitting") as tick:
+            tables, fitted = fit_into(folder, opened, options, tick)
+        choice = fitted.choice
     if as_json:
         every = [engine.to_json() for engine in engines]
-        print_json({**every[0], "engines": every})
+        print_json({**every[0], "engines": every, "corrections": None if tables is None else str(tables)})
         return
     for engine in engines:
         click.echo(engine.line())
@@ -181,3 +197,5 @@ def build_command(
             click.echo(f"  {engine.parity.line()}")
         for layer in engine.missed:
             click.echo(f"  planned quantized, but runs otherwise: {layer}")
+    if tables is not None:
+        click.echo(f"{tables}  auto = {choice}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
@@ -24,7 +23,7 @@ from qncd_deploy.cli.progress import Bars
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
 from qncd_deploy.pictures import check_output, save_pictures
-from qncd_deploy.pipeline.fit import FitOptions, fit, merge_into
+from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import parse_labels
 
@@ -173,15 +172,10 @@ def fit_command(
         size=fit_size,
         seed=seed,
         threads=threads,
+        blobs=tuple(compiled_blobs(engine_dir, bundle, make_engine_id(backend, remainder))),
     )
-    folder = engine_dir / bundle.resolve().name
-    work = folder / "fits"
-    work.mkdir(parents=True, exist_ok=True)
     with Bars().stage("fitting") as tick:
-        fitted = fit(opened, options, work, tick)
-    path = folder / f"corrections-{make_engine_id(backend, remainder)}.npz"
-    merge_into(path, [fitted])
-    shutil.rmtree(work, ignore_errors=True)
+        path, fitted = fit_into(engine_dir / bundle.resolve().name, opened, options, tick)
     if as_json:
         print_json(
             {"output": str(path), "choice": fitted.choice, "objective": fitted.objective, "figures": fitted.figures}

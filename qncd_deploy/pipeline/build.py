@@ -78,14 +78,17 @@ class Built:
 def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress) -> tuple[Built, ...]:
     """Write to FOLDER what is not there yet, or is there for something else; the network first.
 
-    What TensorRT builds for the GPU of this machine is held against the float network before it is written.
+    What TensorRT builds for the GPU of this machine is held against the float network before it is written, if the
+    bundle can sample.
 
     Raises: EngineError for a backend that compiles nothing or a GPU that is not there, BuildFailed if it refuses the
     graph, UsageError for options that the backend does not have, GateFailed for an engine that is wrong.
     """
     if request.backend in FLAVOURS:
         library, device = _library(request)
-        gate = None if device is None else Gate(bundle, backend=request.backend, remainder=request.remainder)
+        gate = None
+        if device is not None and bundle.manifest.model.schedule is not None:
+            gate = Gate(bundle, backend=request.backend, remainder=request.remainder)
         jobs = _jobs(bundle, folder, request, library, device)
         return tuple(_engine(job, library, device, gate, progress) for job in jobs)
     _refuse_gpu_options(request)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -226,7 +225,7 @@ def _tables(
         found: dict[str, Any] = {"pictures": options.size}
         if name in chosen.figures:
             found |= {objective: chosen.figures[name], "beats off": chosen.wins[name]}
-        elif math.isfinite(chosen.screened.get(name, math.nan)):
+        elif name in chosen.screened:
             found |= {f"{objective}, half of the pictures": chosen.screened[name]}
         return found
 
