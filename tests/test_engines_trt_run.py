@@ -23,6 +23,7 @@ from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, id
 from qncd_deploy.engines.base import BaseEngine, open_engine
 from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.errors import BundleError, EngineError
+from qncd_deploy.evaluate.measure import Stopwatch
 from qncd_deploy.sampler import Network, Sampler
 from qncd_deploy.schedule import SCHEDULERS, Prediction, Schedule
 from qncd_deploy.steps import SamplerConfig
@@ -181,6 +182,26 @@ def test_what_tensorrt_for_rtx_compiled_is_kept_beside_the_engine(
 
 def _read_only(path: Path) -> None:
     raise BundleError(f"{path}: cannot be written.")
+
+
+def test_batches_of_any_size_are_cut_to_the_one_engine_there_is(
+    graphs: tuple[Path, Path], machine: Machine, tmp_path: Path
+) -> None:
+    x, labels = np.random.default_rng(0).standard_normal((5, *SHAPE)).astype(np.float32), np.arange(5)
+    stored = machine.store(tmp_path / "net.engine", graphs[0], {"x": (2, *SHAPE), "t": (2,), "labels": (2,)})
+    with tensorrt(graphs[0]) as engine, open_engine("onnxruntime", graphs[0]) as host:
+        engine.load_blob(stored, source="graph")
+        found = EngineModel.of(engine, rows=16)(x, 951.0, labels)
+        np.testing.assert_array_equal(found, EngineModel.of(host, rows=2)(x, 951.0, labels))
+    assert machine.builds == []
+
+
+def test_a_stopwatch_waits_until_the_results_are_there(network: Path, machine: Machine) -> None:
+    with tensorrt(network) as engine:
+        watch = Stopwatch(engine)
+        out = watch({name: machine.arrays.put(array) for name, array in network_feeds().items()})["out"]
+        assert watch.arrays is engine.arrays and len(watch.seconds) == 1
+        np.testing.assert_allclose(out.memory, reference(network, network_feeds()), rtol=0, atol=LAST_BIT)
 
 
 def test_wrong_feeds_are_refused_on_the_device_too(network: Path, machine: Machine) -> None:

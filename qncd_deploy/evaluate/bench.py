@@ -237,6 +237,7 @@ class _Entrant:
         started = time.perf_counter()
         for _ in self.timed.trajectory(range(self.timed.batch_size), labels=draw.labels, seed=draw.seed):
             pass
+        self.stopwatch.arrays.wait()
         return _Turn(tuple(self.stopwatch.seconds), time.perf_counter() - started)
 
     def row(self, turns: Sequence[_Turn], baseline: Sequence[_Turn], figures: Figures | None) -> BenchRow:
