@@ -73,7 +73,11 @@ class _Base:
 
 
 class FakeTensorRT:
-    """script: for each build its plan, or the error lines it fails with;  builds: what each was asked for."""
+    """script: for each build its plan, or the error lines it fails with;  builds: what each was asked for.
+
+    Options: layers (what the inspector tells), foreign_caches (timing caches it refuses), during (called with the
+    monitor while it builds), shape (of the input).
+    """
 
     def __init__(self, version: str, script: Sequence[bytes | Sequence[str]] = (b"plan",), **options: Any) -> None:
         self.__version__ = version
@@ -82,6 +86,7 @@ class FakeTensorRT:
         self.layers: list[Any] = options.get("layers", [CONVOLUTION])
         self.foreign_caches: tuple[bytes, ...] = options.get("foreign_caches", ())
         self.during = options.get("during", lambda monitor: None)
+        self.shape: tuple[int, ...] = options.get("shape", (-1, 8, 4, 4))
         self.NetworkDefinitionCreationFlag = _Enum("EXPLICIT_BATCH", "STRONGLY_TYPED")
         self.BuilderFlag = _Enum("FP16", "INT8", "TF32", "VERSION_COMPATIBLE")
         self.ProfilingVerbosity = _Enum("LAYER_NAMES_ONLY", "NONE", "DETAILED")
@@ -190,7 +195,7 @@ class _Network:
                 get_output=lambda index: output,
             )
 
-        self.input = tensor("x", types.FLOAT, (-1, 8, 4, 4))
+        self.input = tensor("x", types.FLOAT, trt.shape)
         x_q, w_q = tensor("x_q", types.INT8, (-1, 8, 4, 4)), tensor("w_q", types.INT8, (8, 8, 3, 3))
         x_dq, w_dq = tensor("x_dq", types.HALF, (-1, 8, 4, 4)), tensor("w_dq", types.HALF, (8, 8, 3, 3))
         y = tensor("y", types.FLOAT, (-1, 8, 4, 4))
