@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -225,7 +226,7 @@ def _tables(
         found: dict[str, Any] = {"pictures": options.size}
         if name in chosen.figures:
             found |= {objective: chosen.figures[name], "beats off": chosen.wins[name]}
-        elif name in chosen.screened:
+        elif math.isfinite(chosen.screened.get(name, math.nan)):
             found |= {f"{objective}, half of the pictures": chosen.screened[name]}
         return found
 
