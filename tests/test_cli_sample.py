@@ -170,11 +170,13 @@ def test_inspect_lists_every_layer_of_the_plan(bundle: Path) -> None:
     assert [layer["name"] for layer in json.loads(qncd("inspect", bundle, "--json").out)["plan"]["layers"]] == names
 
 
-def test_bench_times_and_gates(bundle: Path) -> None:
+def test_bench_times_and_gates(bundle: Path, tmp_path: Path) -> None:
     quick = ("--backend", "onnxruntime", "--rounds", 1, "--eval-size", 2)
-    done = qncd("bench", bundle, *quick, "--json")
+    done = qncd("bench", bundle, *quick, "--json", "-o", tmp_path / "speed")
     assert done.code == 0, done.err
-    json.loads(done.out)
+    assert json.loads(done.out) == json.loads((tmp_path / "speed/bench.json").read_text())
+    assert "onnxruntime float" in (tmp_path / "speed/report.html").read_text()
+    assert "neither a .json file nor a folder" in qncd("bench", bundle, *quick, "-o", tmp_path / "speed.txt").err
     gated = qncd("bench", bundle, *quick, "--require-speedup", 1e9)
     assert gated.code == 3 and "--require-speedup" in gated.line
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from qncd_deploy.cli.options import bundle_argument, json_option, print_json, threads_option
+from qncd_deploy.cli.options import PATH, bundle_argument, json_option, print_json, threads_option, typed_command
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import BACKENDS, available_backends
 from qncd_deploy.errors import BackendMissing, GateFailed
 from qncd_deploy.evaluate.bench import BenchResult, bench, bench_table
 from qncd_deploy.evaluate.compare import Variant
 from qncd_deploy.evaluate.judge import Draw
+from qncd_deploy.pipeline.results import check_output, write_results
 from qncd_deploy.runtime import Bundle
 
 
@@ -34,6 +35,13 @@ from qncd_deploy.runtime import Bundle
 @click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful.")
 @click.option("--require-speedup", type=float, metavar="X", help="Exit code 3 if INT8 is less than X times as fast.")
 @threads_option
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=PATH,
+    help="A .json, or a folder for bench.json and, with the report extra, report.html.",
+)
 @json_option
 def bench_command(
     bundle: Path,
@@ -45,6 +53,7 @@ def bench_command(
     require_psnr: float | None,
     require_speedup: float | None,
     threads: int | None,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Time the float twin and the quantized network side by side, with their accuracy.
@@ -52,20 +61,27 @@ def bench_command(
     The gates are about the first engine measured: its quantized network with a float32 remainder, against its own float
     twin.
     """
+    if out is not None:
+        check_output(out)
     opened = Bundle.open(bundle)
     chosen = backends or _installed()
     variants = _variants(chosen, opened.manifest.format)
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
     with Bars().stage("bench") as tick:
         result = bench(opened, variants, draw, rounds=rounds, on_progress=tick)
+    facts = result.to_json()
+    if out is not None:
+        write_results(out, opened, facts, name="bench.json", bench=result, command=typed_command())
     if as_json:
-        print_json(result.to_json())
+        print_json(facts)
     else:
         console = Console(width=None if os.isatty(1) else 160)
         console.print(bench_table(result))
         console.print(f"{result.context['processor']}, {result.context['cores']} cores, {result.context['engines']}")
         for warning in result.warnings:
             console.print(f"noisy: {warning}")
+        if out is not None:
+            click.echo(out)
     _check_gates(result, variants, require_psnr, require_speedup)
 
 

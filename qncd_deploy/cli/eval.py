@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from qncd_deploy.cli.options import (
     remainder_option,
     sampling_options,
     threads_option,
+    typed_command,
 )
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import default_backend, make_engine_id
@@ -34,18 +33,13 @@ from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.on_data import compare_on_data
 from qncd_deploy.evaluate.table import comparison_table
-from qncd_deploy.pipeline.evaluation import (
-    EvalOptions,
-    check_evaluation_output,
-    evaluate,
-    evaluation_json,
-    write_evaluation,
-    write_json,
-)
+from qncd_deploy.pipeline.evaluation import EvalOptions, evaluate, evaluation_json
+from qncd_deploy.pipeline.results import check_output, write_json, write_results
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import parse_labels
 
 _WITH_DATA = ("bundle", "data", "backend", "remainder", "threads", "seed", "out", "as_json")
+JSON = "eval.json"
 _PLAIN_WIDTH = 240  # where there is no terminal
 
 
@@ -122,7 +116,7 @@ def eval_command(context: click.Context, /, bundle: Path, as_json: bool, **flags
     A bundle without a schedule is measured by its outputs, with --data.
     """
     if flags["out"] is not None:
-        check_evaluation_output(flags["out"])
+        check_output(flags["out"])
     opened = Bundle.open(bundle)
     if flags["data"] is not None:
         _refuse_sampling_options(context)
@@ -133,7 +127,7 @@ def eval_command(context: click.Context, /, bundle: Path, as_json: bool, **flags
         found = evaluate(opened, options, tick)
     facts = evaluation_json(opened, options, found)
     if flags["out"] is not None:
-        write_evaluation(flags["out"], opened, facts, found, command=shlex.join(["qncd", *sys.argv[1:]]))
+        write_results(flags["out"], opened, facts, name=JSON, comparison=found, command=typed_command())
     if as_json:
         print_json(facts)
     else:
@@ -191,7 +185,7 @@ def _on_data(bundle: Bundle, flags: Mapping[str, Any], as_json: bool) -> None:
         )
     facts = {"bundle": bundle.path.resolve().name, "data": flags["data"].name, **found.to_json()}
     if (out := flags["out"]) is not None:
-        write_json(out, facts)
+        write_json(out, facts, name=JSON)
     if as_json:
         print_json(facts)
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,11 @@ sampling_options = together(
         "--guidance-scale", type=float, help="Classifier-free guidance, 1 is off.  [default: the bundle's own]"
     ),
 )
+
+
+def typed_command() -> str:
+    """The command line that is running, for a page that says how to make it again."""
+    return shlex.join(["qncd", *sys.argv[1:]])
 
 
 def print_json(data: Any) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.base import Remainder, default_backend
-from qncd_deploy.errors import BackendMissing, BundleError, UsageError
+from qncd_deploy.errors import BackendMissing, UsageError
 from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.compare import Comparison, Look, compare
 from qncd_deploy.evaluate.crew import Crew, Solo
 from qncd_deploy.evaluate.perceptual import load_lpips
 from qncd_deploy.evaluate.store import Store
 from qncd_deploy.evaluate.variants import Variant, fitted_methods
-from qncd_deploy.files import atomic_file, canonical_json
 from qncd_deploy.pipeline.progress import Tick
-from qncd_deploy.pipeline.proof import write_page
 from qncd_deploy.runtime import Bundle
 
 ALL = "all"
@@ -82,34 +80,6 @@ def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison
         "features": None if options.features is None else options.features.name,
         **comparison.to_json(),
     }
-
-
-def check_evaluation_output(out: Path) -> None:
-    """Refuse what write_json could not write, before anything is sampled. Raises as that does."""
-    if out.suffix not in ("", ".json") and not out.is_dir():
-        raise UsageError(f"{out}: neither a .json file nor a folder. Name one of these after -o.")
-    if not out.parent.is_dir():
-        raise BundleError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
-
-
-def write_evaluation(out: Path, bundle: Bundle, facts: Mapping[str, Any], found: Comparison, *, command: str) -> None:
-    """As write_json; in a folder report.html too, if the `report` extra is here."""
-    write_json(out, facts)
-    if out.is_dir():
-        write_page(out, bundle, found, command=command)
-
-
-def write_json(out: Path, facts: Mapping[str, Any]) -> None:
-    """Write a .json file, or eval.json in a folder, made if need be.
-
-    Raises: UsageError for another suffix, BundleError if the parent is missing or cannot be written.
-    """
-    check_evaluation_output(out)
-    if out.suffix != ".json" or out.is_dir():
-        out.mkdir(exist_ok=True)
-        out = out / "eval.json"
-    with atomic_file(out) as partial:
-        partial.write_text(canonical_json(facts), encoding="utf-8")
 
 
 def _corrections(bundle: Bundle, options: EvalOptions) -> list[str]:

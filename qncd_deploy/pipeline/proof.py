@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.base import default_backend
+from qncd_deploy.evaluate.bench import BenchResult
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
 from qncd_deploy.evaluate.judge import Draw, Figures
 from qncd_deploy.evaluate.measure import graph_bytes, machine
@@ -71,7 +72,9 @@ def _rounded(found: Estimate | None) -> float | None:
     return None if found is None else round(found.value, 4)
 
 
-def write_page(folder: Path, bundle: Bundle, comparison: Comparison | None, *, command: str) -> bool:
+def write_page(
+    folder: Path, bundle: Bundle, comparison: Comparison | None, *, bench: BenchResult | None = None, command: str
+) -> bool:
     """Write report.html about a bundle, if the libraries of the `report` extra are here; says whether it did."""
     try:
         from qncd_deploy.evaluate.report import ReportData, write_report
@@ -85,6 +88,7 @@ def write_page(folder: Path, bundle: Bundle, comparison: Comparison | None, *, c
         graph_bytes={name: graph_bytes(bundle.path / name) for name in graphs},
         command=command,
         comparison=comparison,
+        bench=bench,
         machine=machine(),
     )
     write_report(folder / "report.html", data)
