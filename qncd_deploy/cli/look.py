@@ -26,8 +26,10 @@ from qncd_deploy.cli.options import (
 from qncd_deploy.correct.record import load_tables
 from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, default_backend, find_backend
 from qncd_deploy.engines.stored import load_stored
+from qncd_deploy.engines.trt.library import open_library
+from qncd_deploy.engines.trt.options import TARGETS
 from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts
-from qncd_deploy.errors import BundleError, EngineError
+from qncd_deploy.errors import BackendMissing, BundleError, EngineError
 from qncd_deploy.runtime import Bundle
 
 
@@ -175,21 +177,39 @@ def doctor_command(as_json: bool) -> None:
                 "machine": platform.machine(),
                 "cpu": cpu,
                 "engines": {s.name: {"version": s.version, "missing": s.missing} for s in engines},
+                "ahead_of_time": _ahead_of_time(),
             }
         )
         return
-    click.echo(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
-    click.echo(f"cpu         {cpu['name']}, {cpu['cores']} cores")
+    width = max(len(name) for name in (*BACKENDS, *_HEADINGS)) + 1
+
+    def say(heading: str, text: str) -> None:
+        click.echo(f"{heading:{width}}{text}")
+
+    say("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    say("cpu", f"{cpu['name']}, {cpu['cores']} cores")
     for feature, (has, means) in _features(cpu["flags"]).items():
-        click.echo(f"            {'yes' if has else 'no ':3} {feature}: {means}")
+        say("", f"{'yes' if has else 'no ':3} {feature}: {means}")
     for status in engines:
-        backend = find_backend(status.name)
-        graph = {"master": "unet.onnx", "ort": "unet-ort.onnx", "trt": "unet-trt.onnx"}[backend.role()]
-        state = f"version {status.version}, runs {graph}" if status.missing is None else status.missing
-        click.echo(f"{status.name:11} {state}")
+        graph = {"master": "unet.onnx", "ort": "unet-ort.onnx", "trt": "unet-trt.onnx"}[
+            find_backend(status.name).role()
+        ]
+        missing = status.missing and status.missing.removeprefix(f"{status.name}: ")
+        say(status.name, missing or f"version {status.version}, runs {graph}")
     ready = [s.name for s in engines if s.missing is None]
-    where = f"on {', '.join(ready)}" if ready else f"nowhere yet: {BACKENDS['openvino'].install}"
-    click.echo(f"w8a8 runs   {where}")
+    say("w8a8 runs", f"on {', '.join(ready)}" if ready else f"nowhere yet: {BACKENDS['openvino'].install}")
+    for name, targets in _ahead_of_time().items():
+        say("builds for", f"{', '.join(targets)}, ahead of time, with {name}")
+
+
+_HEADINGS = ("w8a8 runs", "builds for")
+
+
+def _ahead_of_time() -> dict[str, list[str]]:
+    """GPUs that engines can be built for here without having one, by the backend that does it."""
+    with suppress(BackendMissing):
+        return {open_library("tensorrt-rtx").flavour: list(TARGETS)}
+    return {}
 
 
 def _cpu() -> dict[str, Any]:
