@@ -1,4 +1,4 @@
-"""Inference engines behind one protocol: named NumPy arrays in, named NumPy arrays out.
+"""Inference engines behind one protocol: named arrays in, named arrays out, NumPy's or, on a GPU, its own.
 
 base.py opens one by its backend's name; each backend is one file, the only one that imports its library:
 
@@ -8,5 +8,6 @@ base.py opens one by its backend's name; each backend is one file, the only one 
     torch_ref.py    the yardstick: the graph's operators one by one in torch, no fusion, no rewriting
     trt/            NVIDIA GPUs: TensorRT and TensorRT for RTX
 
-stored.py keeps what is compiled on disk, whatever compiled it. eps_model.py adapts an engine to the sampling loop. Nothing else here knows what diffusion is.
+stored.py keeps what is compiled on disk, whatever compiled it. eps_model.py adapts an engine to the sampling loop.
+Nothing else here knows what diffusion is.
 """
