@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--etas", default="0,1", help="of ddim with 20 steps and guidance 1.5")
+    parser.add_argument("--threads", type=int, help="of the engine; one for each of several runs side by side")
     parser.add_argument("--full", action="store_true", help="W4A4, guidance 1, PLMS and DPM-Solver++ too")
     parser.add_argument("--work", type=Path, default=Path("export/ablation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.md"))
@@ -113,8 +114,9 @@ def _row_group(
         n_steps=sampling.n_steps,
         eta=sampling.eta,
         guidance_scale=sampling.guidance_scale,
+        threads=given.threads,
     )
-    tables = {name: _tables(bundle, sampling, bars) for name, bundle in bundles.items()}
+    tables = {name: _tables(bundle, sampling, given.threads, bars) for name, bundle in bundles.items()}
     variants = list(_variants(bundles, tables, draw))
     work = given.work / "pictures"
     with Store.open(work, list(bundles.values()), keep=True) as store, bars.stage("pictures") as tick:
@@ -129,7 +131,7 @@ def _row_group(
     return comparison, taken
 
 
-def _tables(bundle: Bundle, sampling: Sampling, bars: Bars) -> Path:
+def _tables(bundle: Bundle, sampling: Sampling, threads: int | None, bars: Bars) -> Path:
     """Tables of every method for this bundle and way to sample, in a file beside it."""
     words = "".join(c if c.isalnum() else "-" for c in str(sampling))
     path = bundle.path.parent / f"{bundle.path.name}-{words}.npz"
@@ -140,6 +142,7 @@ def _tables(bundle: Bundle, sampling: Sampling, bars: Bars) -> Path:
             n_steps=sampling.n_steps,
             eta=sampling.eta,
             guidance_scale=sampling.guidance_scale,
+            threads=threads,
         )
         with bars.stage(f"corrections of {bundle.path.name}") as tick:
             fitted = fit(bundle, options, bundle.path.parent / "fits" / path.stem, tick)

@@ -20,7 +20,7 @@ import numpy as np
 
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
-from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
+from qncd_deploy.engines.base import Remainder, default_backend, find_backend, make_engine_id
 from qncd_deploy.errors import CalibrationError, UsageError
 from qncd_deploy.evaluate.contest import OFF, Contest
 from qncd_deploy.evaluate.features import FeatureNetwork
@@ -100,7 +100,7 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
     }
     with ExitStack() as stack:
         # one float reference for all CPU engines: their float twins agree to rounding
-        twin = options.backend if options.backend not in _CPU else default_backend()
+        twin = _twin_backend(options.backend)
         exact = stack.enter_context(bundle.sampler(twin, float_twin=True, **opened))
         plain = stack.enter_context(
             bundle.sampler(
@@ -142,7 +142,10 @@ def fit_into(folder: Path, bundle: Bundle, options: FitOptions, tick: Tick) -> t
     return path, fitted
 
 
-_CPU = ("openvino", "onnxruntime", "torch")
+def _twin_backend(backend: str) -> str:
+    default = default_backend()
+    both = {find_backend(name).device for name in (backend, default)}
+    return default if both == {"cpu"} else backend
 
 
 def merge_into(path: Path, fitted: Sequence[Fitted]) -> None:
