@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import Arrays, feeds_for, minmax_plan, relative_rms, run, run_torch, saved, traced
+from diffusers import UNet2DModel
+from export_helpers import Arrays, feeds_for, minmax_plan, randomize, relative_rms, run, run_torch, saved, traced
 
 from qncd_deploy.engines.trt.build import BuiltEngine, build
 from qncd_deploy.engines.trt.kernels import KernelTable
@@ -22,6 +23,7 @@ from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace
 from qncd_deploy.export.verify import TENSORRT, verify
 from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.specs import TensorSpec
 
 pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed (x86-64 only)")
 
@@ -109,3 +111,23 @@ def test_demo_builds(demo, library, tmp_path):
     half = build_half(library, model.clone(), tmp_path / "half")
     assert half.table.float_products == () and half.table.attentions == int8.table.attentions > 0
     assert half.table.fused == int8.table.fused > 0
+
+
+@pytest.mark.slow
+def test_a_network_of_sixteen_million_weights_builds(library, tmp_path):
+    """64x64, 15.7 M weights; its heads of 8 channels are too narrow for a fused attention."""
+    module = UNet2DModel(
+        sample_size=64,
+        block_out_channels=(64, 128, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    specs = [TensorSpec("sample", "float32", ("batch", 3, 64, 64)), TensorSpec("timestep", "float32", ("batch",))]
+    model = trace(randomize(module), specs)
+    plan = minmax_plan(model, feeds_for(specs, 1))
+    int8 = build_sibling(library, model.clone(), plan, tmp_path)
+    assert_kernels_are_the_plans(int8, plan)
+    assert build(library, tmp_path / "unet-trt.onnx", int8.options).plan == int8.plan
+    half = build_half(library, model, tmp_path / "half").table
+    assert half.float_products == () and set(counts(half, "Convolution")) == {"f16"}
