@@ -118,7 +118,7 @@ class Contest:
         combinations last, since they differ little from what they are made of."""
         others = sorted((each.name for each in self.ranked), key=lambda name: kind_of(name) == "combined")
         ranked = (OFF, self.choice, self.best_published, *others)
-        names = [name for name in dict.fromkeys(ranked) if name in self.latent_snr_db]
+        names = [name for name in dict.fromkeys(ranked) if name is not None and name in self.latent_snr_db]
         return {name: self.latent_snr_db[name] for name in names[:most]}
 
 
