@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +134,24 @@ def test_backends_that_compile_nothing_say_so(graph: Path, blob: Path) -> None:
             engine.save_blob(blob, SHAPES, source="")
         with pytest.raises(EngineError, match="takes no compiled blob"):
             engine.load_blob(blob, source="")
+
+
+def test_ctrl_c_is_no_crash_after_two_engines_were_closed_in_turn(graph: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from qncd_deploy.engines.base import open_engine
+first, second = (open_engine("openvino", Path(sys.argv[1])) for _ in range(2))
+shapes = eval(sys.argv[2])
+for engine in (first, second):
+    engine.kernels(shapes)
+for engine in (first, second):
+    engine.close()
+del first, second, engine
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code, graph, repr(SHAPES)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class OpenVINOEngine(BaseEngine):
     """Runs an ONNX graph on the CPU; each new combination of input shapes is compiled once, then kept."""
 
     def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
-        self._core = ov.Core()
+        self._core = _core()
         if remainder == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise BackendMissing("openvino: this CPU has no bfloat16 arithmetic. Use the float32 remainder.")
         try:
@@ -137,6 +138,15 @@ class OpenVINOEngine(BaseEngine):
             threads=self._threads,
             shapes=shapes,
         )
+
+
+@cache
+def _core() -> ov.Core:
+    """One for all engines of the process. Its CPU plugin gives the thread a stack for signal handlers and on closing
+    puts back the one that it found: with two of them, closed in the order they were opened, that is a stack that is no
+    more, and the next Ctrl-C a segmentation fault (seen with 2026.4).
+    """
+    return ov.Core()
 
 
 _BLOB_WORDS = {
