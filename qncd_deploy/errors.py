@@ -43,6 +43,10 @@ class EngineError(QncdError):
     """An engine refuses its inputs or fails while running."""
 
 
+class Diverged(EngineError):
+    """Sampling ended in pictures that are not finite."""
+
+
 class BackendMissing(EngineError):
     """The library or device that a backend needs is not on this machine."""
 

@@ -21,7 +21,7 @@ from qncd_deploy.correct.record import CorrectionTable, StepFix, fixed_steps
 from qncd_deploy.correct.rules import check
 from qncd_deploy.engines.base import BaseEngine, Kernel
 from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_shapes
-from qncd_deploy.errors import EngineError, LabelError, UsageError
+from qncd_deploy.errors import Diverged, LabelError, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
 from qncd_deploy.schedule import Schedule
@@ -233,7 +233,7 @@ class Sampler:
             return None
         images = self._arrays.get(decoded)
         if not np.isfinite(images).all():
-            raise EngineError(
+            raise Diverged(
                 f"{self.network.place}: {self.table.key.backend} returned pictures that are not finite. "
                 "Try a float32 remainder or another --backend."
             )

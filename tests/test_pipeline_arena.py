@@ -81,11 +81,14 @@ def test_of_few_pictures_only_the_first_half_is_traced(samplers: tuple[Sampler, 
     assert counts == [3] * CALLS + [1] * CALLS + [2] * CALLS
 
 
+@pytest.mark.parametrize("decoded", [True, False])  # pictures are refused if they are not finite
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_a_candidate_that_grows_beyond_all_numbers_is_the_worst(samplers: tuple[Sampler, Sampler]) -> None:
+def test_a_candidate_that_grows_beyond_all_numbers_is_the_worst(
+    samplers: tuple[Sampler, Sampler], decoded: bool
+) -> None:
     exact, plain = (
         Sampler(
-            replace(each.network, decoder=None),  # whose pictures are refused if they are not finite
+            each.network if decoded else replace(each.network, decoder=None),
             config=each.config,
             guidance_scale=each.guidance_scale,
             table=each.table,
@@ -97,6 +100,7 @@ def test_a_candidate_that_grows_beyond_all_numbers_is_the_worst(samplers: tuple[
     wild = Candidate("wild", (StepFix(b=np.full(8, 1e38)),) * CALLS)
     assert arena.cost(wild, 5) == np.inf > arena.cost(OFF, 5)
     assert arena.wins(wild, OFF, 5) == 0
+    assert len(arena.latent_snr_db(wild)) == CALLS
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 
 from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, StepFix
+from qncd_deploy.errors import Diverged
 from qncd_deploy.evaluate.contest import half_of
 from qncd_deploy.evaluate.features import FeatureNetwork
 from qncd_deploy.evaluate.metrics import psnr, shift, snr_db
@@ -45,6 +46,7 @@ class Arena:
     on_pictures: Callable[[int], None] = lambda count: None
     _samples: dict[str, np.ndarray] = field(default_factory=dict)
     _latent_snr_db: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    _diverged: dict[str, Diverged] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -86,24 +88,31 @@ class Arena:
         return half_of(len(self))
 
     def figure(self, candidate: Candidate, count: int) -> float:
-        """The objective on the first `count` held-out pictures: shift, or mean PSNR in dB."""
-        return self._figure(self._sampled(candidate, count), np.arange(count))
+        """The objective on the first `count` held-out pictures: shift, or mean PSNR in dB; infinitely bad for a
+        candidate whose pictures grow beyond all numbers."""
+        try:
+            return self._figure(self._sampled(candidate, count), np.arange(count))
+        except Diverged:
+            return math.inf if self.features is not None else -math.inf
 
     def cost(self, candidate: Candidate, count: int) -> float:
-        """The same so that less is better; infinite for a candidate whose latents grow beyond all numbers."""
+        """The same so that less is better."""
         figure = self.figure(candidate, count)
         cost = figure if self.features is not None else -figure
         return cost if math.isfinite(cost) else math.inf
 
     def latent_snr_db(self, candidate: Candidate) -> tuple[float, ...]:
         """Of the state after every call against the float twin's, both running freely; see evaluate.batches."""
-        self._sampled(candidate, self.half)
+        self.figure(candidate, self.half)
         return self._latent_snr_db[candidate.name]
 
     def wins(self, candidate: Candidate, rival: Candidate, count: int) -> float:
         """Share of bootstrap resamples of the first `count` pictures in which the candidate is better than its rival:
         0.5 says nothing, 0.95 is significant at 5 %, one-sided."""
-        one, other = self._sampled(candidate, count), self._sampled(rival, count)
+        try:
+            one, other = self._sampled(candidate, count), self._sampled(rival, count)
+        except Diverged:
+            return float(self.cost(candidate, count) < self.cost(rival, count))
         rng = np.random.default_rng(self.seed)
         sign = 1 if self.features is not None else -1
         gains = [
@@ -119,6 +128,8 @@ class Arena:
 
     def _sampled(self, candidate: Candidate, count: int) -> np.ndarray:
         """What is known of a candidate's first `count` pictures, sampling those that are missing."""
+        if candidate.name in self._diverged:
+            raise self._diverged[candidate.name]
         held = self._samples.get(candidate.name)
         start = 0 if held is None else len(held)
         if start < count:
@@ -138,9 +149,14 @@ class Arena:
                     exact = self.states[len(snr)]
                     snr.append(snr_db(exact, sampler.on_host(state).x[: len(exact)]))
 
-            found = sampler.sample(indices, seed=self.seed, on_state=on_state)
-            if start == 0:
-                self._latent_snr_db[candidate.name] = tuple(snr)
+            try:
+                found = sampler.sample(indices, seed=self.seed, on_state=on_state)
+            except Diverged as exc:
+                self._diverged[candidate.name] = exc
+                raise
+            finally:
+                if start == 0:
+                    self._latent_snr_db[candidate.name] = tuple(snr)
             new = self._described(found, start)
             self._samples[candidate.name] = held = new if held is None else np.concatenate([held, new])
         assert held is not None
