@@ -211,6 +211,10 @@ class Sampler:
         """What the engine runs for a full batch; () where the backend cannot tell."""
         return self.network.unet.kernels(self._shapes())
 
+    def compiled_bytes(self) -> int | None:
+        """Size of the compiled network that runs for a full batch; None where nothing was stored or built."""
+        return self.network.unet.compiled_bytes(self._shapes())
+
     def save_blob(self, path: Path) -> None:
         """Store the network compiled for a full batch. Raises EngineError if the backend compiles nothing."""
         self.network.unet.save_blob(path, self._shapes(), source=self.network.source)

@@ -43,6 +43,10 @@ class Arrays(Protocol):
         """Until everything that was asked for is done."""
         ...
 
+    def used_bytes(self) -> int | None:
+        """Memory in use on the device they are on, by whomever; None for the host's, which processes tell apart."""
+        ...
+
 
 class HostArrays:
     """NumPy's arrays: they are there already."""
@@ -54,6 +58,8 @@ class HostArrays:
         return array
 
     def wait(self) -> None: ...
+
+    def used_bytes(self) -> None: ...
 
 
 class EpsModel(Protocol):

@@ -89,12 +89,16 @@ class Memory:
         self.held: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
         self.limit = 1 << 34
 
+    @property
+    def used(self) -> int:
+        """Bytes in arrays, and in what the pool keeps."""
+        return sum(array.nbytes for array in self.held.values()) + POOL.kept
+
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         array = np.empty(shape, dtype)
-        used = sum(other.nbytes for other in self.held.values())
-        if used + array.nbytes > self.limit:
+        if self.used + array.nbytes > self.limit:
             raise OutOfMemoryError(
-                f"Out of memory allocating {array.nbytes:,} bytes (allocated so far: {used:,} bytes)."
+                f"Out of memory allocating {array.nbytes:,} bytes (allocated so far: {self.used:,} bytes)."
             )
         array[...] = NAN[array.dtype.kind]
         self.held[address_of(array)] = array
@@ -105,7 +109,22 @@ def address_of(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
+class Pool:
+    """CuPy's pool. kept: bytes of arrays that are gone, kept for the next ones, as a test sets them."""
+
+    def __init__(self) -> None:
+        self.kept = 0
+
+    def free_all_blocks(self) -> None:
+        self.kept = 0
+
+
 MEMORY = Memory()
+POOL = Pool()
+
+
+def get_default_memory_pool() -> Pool:
+    return POOL
 
 
 class ndarray(NDArrayOperatorsMixin):
@@ -232,6 +251,10 @@ class cuda:
 
     class runtime:
         CUDARuntimeError = CUDARuntimeError
+
+        @staticmethod
+        def memGetInfo() -> tuple[int, int]:
+            return MEMORY.limit - MEMORY.used, MEMORY.limit
 
     class memory:
         OutOfMemoryError = OutOfMemoryError

@@ -82,7 +82,9 @@ def test_a_blob_replaces_compiling_and_gives_the_same_bits(
     with open_engine("openvino", graph, threads=1) as engine:
         expected = engine(network_feeds())["out"]
     with open_engine("openvino", graph, threads=1) as engine:
+        assert engine.compiled_bytes(SHAPES) is None
         engine.load_blob(blob, source="aa" * 32)
+        assert engine.compiled_bytes(SHAPES) == blob.stat().st_size
         monkeypatch.setattr(engine, "_core", None)  # whatever would compile now fails
         np.testing.assert_array_equal(engine(network_feeds())["out"], expected)
 

@@ -174,7 +174,9 @@ def test_a_compiled_engine_is_kept_and_used_for_its_shapes(
     assert Session.opened[1].options.get("ep.context_embed_mode") == "1"
     Session.opened.clear()
     with open_engine(backend, graph) as engine:
+        assert engine.compiled_bytes(SHAPES) is None
         engine.load_blob(blob, source="graph")
+        assert engine.compiled_bytes(SHAPES) == blob.stat().st_size
         plain, compiled = Session.opened
         assert compiled.graph == b"engine of " + str(graph).encode()
         used = []

@@ -15,6 +15,7 @@ from qncd_deploy.engines.trt import cuda
 from qncd_deploy.engines.trt.cuda import DeviceArrays, open_arrays
 from qncd_deploy.engines.trt.device import Device
 from qncd_deploy.errors import BackendMissing, EngineError
+from qncd_deploy.specs import HostArrays
 
 GPU = Device(name="Fake GPU", sm="sm86", memory=1 << 34, cuda="12.6")
 
@@ -56,6 +57,18 @@ def test_arithmetic_waits_for_nothing_but_get(arrays: DeviceArrays) -> None:
     x0 = numbers(2, 3)
     # three float32 roundings of numbers below 4
     np.testing.assert_allclose(arrays.get(y), 0.5 * x0 - abs(x0) + x0.clip(-1, 1), atol=3 * 4 * 2.0**-24)
+
+
+def test_memory_in_use_is_the_devices_without_what_the_pool_keeps(
+    arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = arrays.used_bytes()
+    held = arrays.put(numbers(64, 64))
+    monkeypatch.setattr(fake_cupy.POOL, "kept", 1 << 20)
+    assert arrays.used_bytes() - before == held.nbytes == 64 * 64 * 4
+    del held
+    assert arrays.used_bytes() == before
+    assert HostArrays().used_bytes() is None
 
 
 def test_every_thread_gets_the_stream(arrays: DeviceArrays) -> None:

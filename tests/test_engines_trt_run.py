@@ -140,6 +140,7 @@ def test_stored_engines_are_used_and_nothing_is_built(network: Path, machine: Ma
             feeds = network_feeds(rows)
             np.testing.assert_allclose(engine(feeds)["out"], reference(network, feeds), rtol=0, atol=LAST_BIT)
         assert [kernel.count for kernel in engine.kernels(shapes(6))] == [2]
+        assert [engine.compiled_bytes(shapes(rows)) for rows in (2, 6)] == [path.stat().st_size for path in paths]
         with pytest.raises(EngineError) as refused:
             engine(network_feeds(3))
     assert machine.builds == []

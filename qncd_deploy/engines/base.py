@@ -158,6 +158,11 @@ class BaseEngine(ABC):
         """The version of the library, None if it does not tell. Raises BackendMissing if it cannot run here."""
         return _version(backend.package)
 
+    @classmethod
+    def open_arrays(cls) -> Arrays:
+        """Where engines of this class compute; the same at every call. Raises BackendMissing if that is not here."""
+        return HostArrays()
+
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Raises EngineError if an input is missing, unknown, or of another dtype or shape."""
         assert not self._closed, f"{self.path}: the engine is closed"
@@ -172,6 +177,12 @@ class BaseEngine(ABC):
     def kernels(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Kernel, ...]:
         """What runs for inputs of these shapes, sorted; () for a backend that cannot tell."""
         return ()
+
+    def compiled_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Size of the compiled network that runs for inputs of these shapes, as it is stored; None where nothing is
+        compiled, or only in memory.
+        """
+        return None
 
     def save_blob(self, path: Path, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
         """Store what was compiled for inputs of these shapes. source: hash of the graph and its weights.

@@ -57,6 +57,7 @@ class OpenVINOEngine(BaseEngine):
         self._remainder, self._threads = remainder, threads
         self._compiled: dict[Shapes, ov.CompiledModel] = {}
         self._requests: dict[Shapes, ov.InferRequest] = {}
+        self._stored_bytes: dict[Shapes, int] = {}
         super().__init__(engine_id, path, _specs(self._model.inputs), _specs(self._model.outputs))
 
     def compile(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
@@ -85,6 +86,10 @@ class OpenVINOEngine(BaseEngine):
                 found[kind, precision, implementation] += 1
         return tuple(Kernel(*key, count=count) for key, count in sorted(found.items()))
 
+    def compiled_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Of the blob that was loaded for these shapes; None for what was compiled in memory."""
+        return self._stored_bytes.get(tuple(tuple(shapes[name]) for name in self.inputs))
+
     def save_blob(self, path: Path, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
         """Write the graph compiled for these shapes to `path` (.blob) and what it is to the .json beside it."""
         key = self.compile(shapes)
@@ -102,6 +107,7 @@ class OpenVINOEngine(BaseEngine):
             self._keep(found.shapes, self._core.import_model(io.BytesIO(blob), "CPU", self._config()))
         except RuntimeError as exc:
             raise BuildFailed(f"{path}: OpenVINO refuses the blob ({first_line(exc)}). {AGAIN}") from exc
+        self._stored_bytes[found.shapes] = len(blob)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         key = self.compile({name: array.shape for name, array in feeds.items()})

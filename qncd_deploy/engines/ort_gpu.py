@@ -71,6 +71,7 @@ class OrtGpuEngine(SessionEngine):
         self._device = find_device()
         check_provider(self._backend)
         self._compiled: dict[Shapes, ort.InferenceSession] = {}
+        self._stored_bytes: dict[Shapes, int] = {}
         super().__init__(engine_id, path, self._open(path))
 
     @classmethod
@@ -79,6 +80,10 @@ class OrtGpuEngine(SessionEngine):
         check_provider(backend.name)
         find_device()
         return ort.__version__
+
+    def compiled_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Of the file that was loaded for these shapes; None for what the provider compiles in memory."""
+        return self._stored_bytes.get(tuple(tuple(shapes[name]) for name in self.inputs))
 
     def save_blob(self, path: Path, shapes: Mapping[str, tuple[int, ...]], *, source: str) -> None:
         """Have the provider compile for these shapes, and keep the ONNX file that wraps its engine.
@@ -106,6 +111,7 @@ class OrtGpuEngine(SessionEngine):
         require_same(path, found, self._facts(found.shapes, source), _WORDS)
         shapes = dict(zip(self.inputs, found.shapes, strict=True))
         self._compiled[found.shapes] = self._open(path, content=content, shapes=shapes)
+        self._stored_bytes[found.shapes] = len(content)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         compiled = self._compiled.get(tuple(array.shape for array in feeds.values()))

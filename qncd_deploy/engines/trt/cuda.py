@@ -98,6 +98,16 @@ class DeviceArrays:
         with self._refusals():
             self._stream.synchronize()
 
+    def used_bytes(self) -> int:
+        """Memory of the device that is in use, by whomever, engines included, which take theirs past CuPy's pool. What
+        the pool keeps for later is given back first. Waits until all that was queued is done.
+        """
+        with self._refusals():
+            self._stream.synchronize()
+            self._cupy.get_default_memory_pool().free_all_blocks()
+            free, total = self._cupy.cuda.runtime.memGetInfo()
+            return int(total - free)
+
     def use(self) -> None:
         """Make the stream the calling thread's current one, so that operators on arrays are queued on it."""
         self._stream.use()

@@ -42,7 +42,8 @@ class _Bound:
 
 
 class LoadedEngine:
-    """An engine, from the bytes of its plan. inputs, outputs: its tensors, -1 being named as free dimensions are.
+    """An engine, from the bytes of its plan. inputs, outputs: its tensors, -1 being named as free dimensions are;
+    bytes: size of the plan.
 
     place: where the bytes came from, for messages;  cache: an earlier process's `compiled`.
 
@@ -65,6 +66,7 @@ class LoadedEngine:
             )
         self._config, self._cache = self._just_in_time(cache)
         self.inputs, self.outputs = self._specs()
+        self.bytes = len(plan)
         self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
 
     def profile(self, shapes: Mapping[str, Sequence[int]]) -> int | None:

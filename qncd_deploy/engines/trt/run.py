@@ -47,7 +47,7 @@ class TrtEngine(BaseEngine):
             raise EngineError(f"{engine_id}: runs on the GPU, where --threads {threads} means nothing. Leave it out.")
         (flavour,) = (name for name in get_args(Flavour) if engine_id == f"{name}-{remainder}")
         self._library = open_library(flavour)
-        arrays = open_arrays()
+        arrays = self.open_arrays()
         inputs, outputs = graph_specs(self._library, path)
         super().__init__(engine_id, path, inputs, outputs)
         self.arrays = arrays
@@ -63,9 +63,18 @@ class TrtEngine(BaseEngine):
         open_arrays()
         return library.version_text
 
+    @classmethod
+    def open_arrays(cls) -> DeviceArrays:
+        """This process's GPU. Raises BackendMissing without a GPU or the array library."""
+        return open_arrays()
+
     def kernels(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Kernel, ...]:
         """What runs for inputs of these shapes, sorted. Raises EngineError and BuildFailed as a call does."""
         return self._holding(shapes).table.kernels
+
+    def compiled_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Of the engine that takes these shapes. Raises EngineError and BuildFailed as a call does."""
+        return self._holding(shapes).engine.bytes
 
     def load_blob(self, path: Path, *, source: str) -> None:
         """Use an engine that `qncd build` stored; several may be used, for several shapes.
