@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ pytest.importorskip("onnxruntime")
 
 from onnx import numpy_helper, parser  # noqa: E402
 from rich.console import Console  # noqa: E402
-from test_runtime import write_bundle  # noqa: E402
+from test_runtime import FACTS, write_bundle  # noqa: E402
 from test_sampler import Gaussian  # noqa: E402
 
+from qncd_deploy.bundle import read_manifest, write_manifest  # noqa: E402
 from qncd_deploy.errors import EngineError, QncdError, UsageError  # noqa: E402
-from qncd_deploy.evaluate.bench import bench, bench_table  # noqa: E402
+from qncd_deploy.evaluate.bench import bench  # noqa: E402
+from qncd_deploy.evaluate.bench_result import bench_table  # noqa: E402
 from qncd_deploy.evaluate.compare import Draw, Variant  # noqa: E402
 from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, resident_bytes  # noqa: E402
 from qncd_deploy.files import canonical_json  # noqa: E402
@@ -123,6 +126,50 @@ def test_ratios_against_another_baseline(bundle: Bundle) -> None:
         bench(bundle, variants, Draw(1), baseline="w4a8")
     with pytest.raises(UsageError, match="0 rounds: expected 1 or more"):
         bench(bundle, variants, Draw(1), rounds=0)
+
+
+def test_calls_that_take_longer_now_and_then(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four calls the first does not count, the others take at least 5, 5 and 80 ms."""
+    from qncd_deploy.engines.ort import OrtEngine
+
+    run = OrtEngine._run
+
+    def slow(self: OrtEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if (t := feeds.get("t")) is not None:
+            time.sleep(0.08 if t[0] < 100 else 0.005)  # the last step's timestep alone is that low
+        return run(self, feeds)
+
+    monkeypatch.setattr(OrtEngine, "_run", slow)
+    found = bench(bundle, [Variant("float", "onnxruntime", float_twin=True)], Draw(1, batch_size=2), rounds=1)
+    (row,) = found.rows
+    assert 5 <= row.call_ms.median < 60
+    assert row.call_p90_ms.median >= 5 + 0.8 * (80 - row.call_ms.median)  # between the last two of three
+    (loop,) = row.picture_ms.samples
+    assert row.pictures_per_second.samples == pytest.approx((1e3 / loop,))
+    assert row.host_ms.median == pytest.approx(row.host.median * 2 * loop / 4)  # 2 pictures, 4 calls
+
+
+def test_another_bundle_is_sampled_as_the_one_that_is_measured(bundle: Bundle, tmp_path: Path) -> None:
+    facts = replace(FACTS, guidance_scale=1.0, sampler={"scheduler": "plms", "n_steps": 6, "eta": 0.0})
+    other = Bundle.open(write_bundle(tmp_path / "net-fp16", facts))
+    variants = [Variant("same", "onnxruntime"), Variant("other", "onnxruntime", bundle=other)]
+    found = bench(bundle, variants, Draw(2, batch_size=1, threads=1), rounds=1, baseline="other")
+    assert found.baseline == "other" and found["other"].speedup.samples == (1.0,)
+    same, of_other = (found[name].figures for name in ("same", "other"))
+    assert same is not None and of_other is not None
+    assert of_other.calls == same.calls == 4
+    assert of_other.psnr == same.psnr  # the same graph, the same guidance
+
+
+def test_a_bundle_of_another_network_is_refused_before_anything_is_opened(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_bundle(tmp_path / "net-fp16")
+    write_manifest(folder, replace(read_manifest(folder), inputs={"model.ckpt": "cd"}))
+    monkeypatch.setattr(Bundle, "sampler", None)
+    variants = [Variant("w8a8", "onnxruntime"), Variant("other", "onnxruntime", bundle=Bundle.open(folder))]
+    with pytest.raises(UsageError, match=r"net-fp16: made from another network than .* \(model\.ckpt differs\)"):
+        bench(bundle, variants, Draw(1))
 
 
 @pytest.mark.parametrize("correction", ["ptqd", "off"])

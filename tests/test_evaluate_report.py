@@ -20,7 +20,7 @@ from PIL import Image
 from qncd_deploy.bundle import ConditionFacts, FileFacts, Manifest, ModelFacts
 from qncd_deploy.engines.base import Kernel
 from qncd_deploy.errors import BundleError
-from qncd_deploy.evaluate.bench import BenchResult, BenchRow
+from qncd_deploy.evaluate.bench_result import BenchResult, BenchRow
 from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.contest import Contest
 from qncd_deploy.evaluate.judge import Figures
@@ -109,9 +109,10 @@ def comparison() -> Comparison:
 
 def bench_result() -> BenchResult:
     def row(name: str, times: tuple[float, ...], figures: Figures | None) -> BenchRow:
-        measured = [Measurement(n, "ms", times, {}) for n in ("call_ms", "speedup", "picture_ms", "host")]
+        names = ("call_ms", "call_p90_ms", "speedup", "picture_ms", "host", "host_ms")
+        measured = [Measurement(name, "ms", times, {}) for name in names]
         kernels = (Kernel("Convolution", "i8", "brgemm", 41),)
-        return BenchRow(name, "w8a8", "openvino-bf16", "off", 0, *measured, 9 << 20, None, kernels, figures)
+        return BenchRow(name, "w8a8", "openvino-bf16", "off", 0, *measured, 9 << 20, *[None] * 3, kernels, figures)
 
     rows = (row("exact", (8.0, 8.1, 8.2), None), row("quick", (2.0, 3.0, 9.0), comparison().variants[0]))
     return BenchResult(rows, "exact", "exact", {"processor": "Some CPU", "rounds": "3"})

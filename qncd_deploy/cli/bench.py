@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from qncd_deploy.cli.options import PATH, bundle_argument, json_option, print_json, threads_option, typed_command
+from qncd_deploy.cli.options import (
+    PATH,
+    bundle_argument,
+    compiled_blobs,
+    engine_dir_option,
+    json_option,
+    print_json,
+    threads_option,
+    typed_command,
+)
 from qncd_deploy.cli.progress import Bars
-from qncd_deploy.engines.base import BACKENDS, available_backends
+from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, make_engine_id
 from qncd_deploy.errors import BackendMissing, GateFailed
-from qncd_deploy.evaluate.bench import BenchResult, bench, bench_table
+from qncd_deploy.evaluate.bench import bench
+from qncd_deploy.evaluate.bench_result import BenchResult, bench_table
 from qncd_deploy.evaluate.compare import Variant
 from qncd_deploy.evaluate.judge import Draw
 from qncd_deploy.pipeline.results import check_output, write_results
@@ -28,13 +39,28 @@ from qncd_deploy.runtime import Bundle
     type=click.Choice(list(BACKENDS)),
     help="Measure these only. Repeatable.  [default: openvino and onnxruntime, where they are installed]",
 )
+@click.option(
+    "--remainder",
+    "remainders",
+    multiple=True,
+    type=click.Choice(["f32", "bf16", "f16"]),
+    help="Measure these precisions of the float layers only. Repeatable.  [default: all that an engine has]",
+)
+@click.option(
+    "--baseline",
+    type=PATH,
+    metavar="BUNDLE",
+    help="Speedups are over this bundle of the same network, such as one of `qncd export --format fp16`.  "
+    "[default: over the float32 twin]",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Pictures at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Interleaved rounds.")
 @click.option("--eval-size", type=click.IntRange(2), default=32, help="Pictures that the PSNR is measured on.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures.")
 @click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful.")
-@click.option("--require-speedup", type=float, metavar="X", help="Exit code 3 if INT8 is less than X times as fast.")
+@click.option("--require-speedup", type=float, metavar="X", help="Exit code 3 if the speedup is less.")
 @threads_option
+@engine_dir_option
 @click.option(
     "-o",
     "--output",
@@ -46,6 +72,8 @@ from qncd_deploy.runtime import Bundle
 def bench_command(
     bundle: Path,
     backends: tuple[str, ...],
+    remainders: tuple[Remainder, ...],
+    baseline: Path | None,
     batch_size: int,
     rounds: int,
     eval_size: int,
@@ -53,22 +81,37 @@ def bench_command(
     require_psnr: float | None,
     require_speedup: float | None,
     threads: int | None,
+    engine_dir: Path,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Time the float twin and the quantized network side by side, with their accuracy.
+    """Time the float32 twin, the quantized network and a baseline side by side, with their accuracy.
 
-    The gates are about the first engine measured: its quantized network with a float32 remainder, against its own float
-    twin.
+    Engines that `qncd build` made for the batch size are used, others are compiled for the run. The gates are about the
+    first engine measured and its first precision of the float layers: its speedup over the baseline in the same
+    precision, or over the float32 twin where there is none, and its pictures against the float32 twin's.
     """
     if out is not None:
         check_output(out)
     opened = Bundle.open(bundle)
-    chosen = backends or _installed()
-    variants = _variants(chosen, opened.manifest.format)
+    other = None if baseline is None else Bundle.open(baseline)
+
+    def stored(of: Bundle, engine_id: str) -> tuple[Path, ...]:
+        return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
+
+    variants = _variants(
+        opened, other, tuple(dict.fromkeys(backends or _installed())), tuple(dict.fromkeys(remainders)), stored
+    )
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
     with Bars().stage("bench") as tick:
-        result = bench(opened, variants, draw, rounds=rounds, on_progress=tick)
+        result = bench(
+            opened,
+            variants,
+            draw,
+            rounds=rounds,
+            baseline=next((variant.name for variant in variants if variant.bundle is not None), None),
+            on_progress=tick,
+        )
     facts = result.to_json()
     if out is not None:
         write_results(out, opened, facts, name="bench.json", bench=result, command=typed_command())
@@ -77,7 +120,9 @@ def bench_command(
     else:
         console = Console(width=None if os.isatty(1) else 160)
         console.print(bench_table(result))
-        console.print(f"{result.context['processor']}, {result.context['cores']} cores, {result.context['engines']}")
+        context = result.context
+        place = context.get("gpu", f"{context['processor']}, {context['cores']} cores")
+        console.print(f"{place}, {context['engines']}")
         for warning in result.warnings:
             console.print(f"noisy: {warning}")
         if out is not None:
@@ -93,24 +138,41 @@ def _installed() -> tuple[str, ...]:
     return found
 
 
-def _variants(backends: tuple[str, ...], network: str) -> list[Variant]:
-    """For every engine its float twin and the quantized network, in every precision of the remainder it has."""
+def _variants(
+    bundle: Bundle,
+    baseline: Bundle | None,
+    backends: tuple[str, ...],
+    remainders: tuple[Remainder, ...],
+    stored: Callable[[Bundle, str], tuple[Path, ...]],
+) -> list[Variant]:
+    """For every engine its float twin, the baseline in the first precision asked for, and the bundle in all of them.
+
+    stored: compiled networks of a bundle for an engine.
+    """
     found = []
     for name in backends:
         backend = BACKENDS[name]
+        asked = remainders or backend.remainders
         found.append(Variant(f"{name} float", name, float_twin=True))
-        for remainder in backend.remainders:
+        if baseline is not None:
+            title, first = f"{name} baseline {baseline.manifest.format}", asked[0]
+            blobs = stored(baseline, make_engine_id(name, first))
+            found.append(Variant(title, name, correction="off", remainder=first, bundle=baseline, blobs=blobs))
+        for remainder in asked:
             rest = f", {remainder} rest" if len(backend.remainders) > 1 else ""
-            found.append(Variant(f"{name} {network}{rest}", name, correction="off", remainder=remainder))
+            title, blobs = f"{name} {bundle.manifest.format}{rest}", stored(bundle, make_engine_id(name, remainder))
+            found.append(Variant(title, name, correction="off", remainder=remainder, blobs=blobs))
     return found
 
 
 def _check_gates(result: BenchResult, variants: list[Variant], psnr: float | None, speedup: float | None) -> None:
-    twin, quantized = (result[variant.name] for variant in variants[:2])
-    if speedup is not None:
-        measured = twin.call_ms.median / quantized.call_ms.median
-        if measured < speedup:
-            raise GateFailed(f"--require-speedup {speedup:g}: {quantized.name} is {measured:.2f} times {twin.name}.")
+    first = next(variant for variant in variants if not variant.float_twin and variant.bundle is None)
+    quantized = result[first.name]
+    measured = quantized.speedup.median
+    if speedup is not None and measured < speedup:
+        raise GateFailed(
+            f"--require-speedup {speedup:g}: {quantized.name} is {measured:.2f} times as fast as {result.baseline}."
+        )
     fidelity = None if quantized.figures is None else quantized.figures.psnr
     if psnr is not None and (fidelity is None or fidelity.value < psnr):
         value = "not measured" if fidelity is None else f"{fidelity.value:.2f} dB"

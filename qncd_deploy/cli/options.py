@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -71,9 +72,19 @@ def fitted_tables(engine_dir: Path, bundle: Path) -> Sequence[Path]:
     return sorted((engine_dir / bundle.resolve().name).glob("corrections-*.npz"))
 
 
-def compiled_blobs(engine_dir: Path, bundle: Path, stem: str) -> Sequence[Path]:
-    """Compiled networks that `qncd build` wrote for a bundle, of one engine and of the decoder beside it."""
+def compiled_blobs(engine_dir: Path, bundle: Path, stem: str, *, batch: int | None = None) -> Sequence[Path]:
+    """Compiled networks that `qncd build` wrote for a bundle, of one engine and of the decoder beside it.
+
+    batch: those for so many pictures at a time only, by their names (engines/README.md).
+    """
     folder = engine_dir / bundle.resolve().name
     decoder = f"{stem.rpartition('-')[0]}-f32-*-decoder-*"
     found = {path for pattern in (f"{stem}-*", decoder) for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.suffix in (".blob", ".engine"))
+    compiled = sorted(path for path in found if path.suffix in (".blob", ".engine"))
+    return [path for path in compiled if batch is None or str(batch) in _batches(path)]
+
+
+def _batches(path: Path) -> Sequence[str]:
+    """Of a compiled network named ...-b1+4.engine or ...-b1+4-512x512.engine."""
+    found = re.search(r"-b([\d+]+)(-[\dx+]+)?$", path.stem)
+    return [] if found is None else found[1].split("+")

@@ -1,10 +1,4 @@
-"""Speed beside accuracy: interleaved rounds A B C A B C ... of whole sampling runs, so that drift hits all alike.
-
-call_ms     one network call on a guided batch: the median over a run's calls, without the first
-speedup     the baseline's call_ms / this one's, within the same round
-picture_ms  the sampling loop of a batch / its pictures, extra calls of a correction included, decoding not
-host        share of the loop's time that is spent outside the network
-"""
+"""Speed beside accuracy: interleaved rounds A B C A B C ... of whole sampling runs, so that drift hits all alike."""
 
 from __future__ import annotations
 
@@ -12,97 +6,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
-from rich.table import Table
+import numpy as np
 
-from qncd_deploy.engines.base import Kernel, backend_status, default_backend, find_backend
-from qncd_deploy.errors import UsageError
+from qncd_deploy.engines.base import backend_status, default_backend, engine_class, find_backend
+from qncd_deploy.engines.eps_model import fixed_rows, input_roles
+from qncd_deploy.engines.trt.device import find_device
+from qncd_deploy.errors import EngineError, UsageError
 from qncd_deploy.evaluate.batches import Batch, Draw, draw_batches
+from qncd_deploy.evaluate.bench_result import BenchResult, BenchRow
 from qncd_deploy.evaluate.compare import counter
 from qncd_deploy.evaluate.features import Lens
 from qncd_deploy.evaluate.judge import Figures, Judge, Origin
 from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, machine, resident_bytes
-from qncd_deploy.evaluate.variants import REFERENCE, Variant
+from qncd_deploy.evaluate.variants import REFERENCE, Variant, require_same_network
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
-
-
-@dataclass(frozen=True, eq=False)
-class BenchRow:
-    """One variant. network: the bundle's format or "float";  engine: backend and precision of its float layers;
-    graph_bytes: the graph and the weights it reads;  memory_bytes: by how much opening and warming it up grew the
-    process, None where the system does not tell;  kernels: as BaseEngine.kernels;  figures: None for the reference.
-    """
-
-    name: str
-    network: str
-    engine: str
-    correction: str
-    extra_calls: int
-    call_ms: Measurement
-    speedup: Measurement
-    picture_ms: Measurement
-    host: Measurement
-    graph_bytes: int
-    memory_bytes: int | None
-    kernels: tuple[Kernel, ...]
-    figures: Figures | None
-
-    @property
-    def integer_kernels(self) -> int | None:
-        """How many operations run on 8-bit integers; None where the engine cannot tell."""
-        return sum(kernel.count for kernel in self.kernels if kernel.integer) if self.kernels else None
-
-    @property
-    def measurements(self) -> tuple[Measurement, ...]:
-        return self.call_ms, self.speedup, self.picture_ms, self.host
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "network": self.network,
-            "engine": self.engine,
-            "correction": self.correction,
-            "extra_calls": self.extra_calls,
-            **{measured.name: measured.to_json() for measured in self.measurements},
-            "graph_bytes": self.graph_bytes,
-            "memory_bytes": self.memory_bytes,
-            "integer_kernels": self.integer_kernels,
-            "kernels": [asdict(kernel) for kernel in self.kernels],
-            "figures": None if self.figures is None else self.figures.to_json(),
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class BenchResult:
-    """baseline: the row that every speedup is against;  reference: the float twin that figures are against;
-    context: what was run, and on what.
-    """
-
-    rows: tuple[BenchRow, ...]
-    baseline: str
-    reference: str
-    context: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> BenchRow:
-        return {row.name: row for row in self.rows}[name]
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is doubtful in the times, by row. A ratio or share of doubtful times adds nothing to say."""
-        return tuple(f"{row.name}, {warning}" for row in self.rows for warning in row.call_ms.warnings)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "baseline": self.baseline,
-            "reference": self.reference,
-            "context": dict(self.context),
-            "warnings": list(self.warnings),
-            "rows": [row.to_json() for row in self.rows],
-        }
 
 
 def bench(
@@ -116,11 +37,13 @@ def bench(
 ) -> BenchResult:
     """Time every variant in every round, all open at once, and measure what each does to the pictures.
 
-    draw: its batch_size is what is timed, its pictures are what the figures are of. The first float twin among the
-    variants is the reference, and the baseline unless another is named; without any, one is put in front.
-    on_progress: runs done and in all, a figure's sampling being one run.
+    draw: its batch_size is what is timed, its pictures are what the figures are of; what it leaves open is `bundle`'s
+    choice for the variants of other bundles, too. The first float twin among the variants is the reference, and the
+    baseline unless another is named; without any, one is put in front. on_progress: runs done and in all, a figure's
+    sampling being one run.
 
-    Raises: UsageError for no rounds or an unknown baseline, and whatever opening and sampling raise.
+    Raises: UsageError for no rounds, an unknown baseline or a bundle of another network;  EngineError for a stored
+    engine of another batch size;  and whatever opening and sampling raise.
     """
     if rounds < 1:
         raise UsageError(f"{rounds} rounds: expected 1 or more.")
@@ -132,6 +55,9 @@ def bench(
     baseline = baseline or reference
     if baseline not in names:
         raise UsageError(f"baseline {baseline}: nothing of that name is measured. Choose one of {', '.join(names)}.")
+    for variant in variants:
+        require_same_network(bundle, variant.bundle or bundle)
+    draw = _settled(draw, bundle)
     tick = counter((rounds + 1) * len(variants), on_progress)
     with ExitStack() as opened:
         entrants = {}
@@ -149,38 +75,6 @@ def bench(
     return BenchResult(rows, baseline, reference, context)
 
 
-def bench_table(result: BenchResult) -> Table:
-    """The result for a terminal: medians with half their interquartile range, PSNR beside every speed."""
-    facts = result.context
-    table = Table(
-        title=f"{facts['pictures a batch']} pictures a batch, {facts['sampler']}, {facts['rounds']} rounds",
-        caption=(
-            f"engine: library and precision of its float layers; speedup over {result.baseline}; "
-            f"PSNR to {result.reference}, {facts['pictures compared']} pictures"
-        ),
-    )
-    table.add_column("", no_wrap=True)
-    table.add_column("engine")
-    for heading in ("ms / call", "speedup", "ms / picture", "host", "MiB", "memory", "int8 ops", "PSNR dB"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        memory, integers = row.memory_bytes, row.integer_kernels
-        fidelity = None if row.figures is None else row.figures.psnr
-        table.add_row(
-            row.name,
-            row.engine,
-            f"{row.call_ms.median:.2f} ± {row.call_ms.iqr / 2:.2f}",
-            f"{row.speedup.median:.2f}",
-            f"{row.picture_ms.median:.1f}",
-            f"{100 * row.host.median:.1f} %",
-            f"{row.graph_bytes / 2**20:.1f}",
-            "" if memory is None else f"{memory / 2**20:.0f}",
-            "" if integers is None else str(integers),
-            "reference" if row.name == result.reference else "" if fidelity is None else f"{fidelity.value:.2f}",
-        )
-    return table
-
-
 @dataclass(frozen=True)
 class _Turn:
     """One run of the loop: seconds of each network call, and of the whole."""
@@ -189,9 +83,22 @@ class _Turn:
     total: float
 
     @property
-    def call(self) -> float:
+    def steady(self) -> tuple[float, ...]:
         """The first call pays for what the previous entrant left: cold caches, threads still spinning or asleep."""
-        return statistics.median(self.calls[1:] or self.calls)
+        return self.calls[1:] or self.calls
+
+    @property
+    def call(self) -> float:
+        return statistics.median(self.steady)
+
+    @property
+    def call_p90(self) -> float:
+        return float(np.percentile(self.steady, 90))
+
+    @property
+    def outside(self) -> float:
+        """Seconds that were not spent in the network."""
+        return self.total - sum(self.calls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,12 +111,14 @@ class _Entrant:
     sampler: Sampler
     timed: Sampler
     stopwatch: Stopwatch
-    graph_bytes: int
     memory_bytes: int | None
+    device_bytes: int | None
 
     @classmethod
     def open(cls, variant: Variant, bundle: Bundle, draw: Draw) -> _Entrant:
-        before = resident_bytes()
+        backend = variant.backend or default_backend()
+        arrays = engine_class(find_backend(backend)).open_arrays()
+        before = resident_bytes(), arrays.used_bytes()
         sampler = variant.open(bundle, draw)
         stopwatch = Stopwatch(sampler.network.unet)
         timed = Sampler(
@@ -220,17 +129,17 @@ class _Entrant:
             batch_size=sampler.batch_size,
         )
         try:
+            _require_full_rows(variant, sampler)
             for _ in islice(timed.trajectory(range(timed.batch_size), labels=draw.labels), 2):
                 pass
         except BaseException:
             sampler.close()
             raise
-        after = resident_bytes()
-        memory = None if before is None or after is None else after - before
+        after = resident_bytes(), arrays.used_bytes()
+        grown = (None if a is None or b is None else a - b for a, b in zip(after, before, strict=True))
         own = (variant.bundle or bundle).manifest
         network = "float" if variant.float_twin else own.format
-        size = graph_bytes(sampler.network.unet.path)
-        return cls(variant, variant.backend or default_backend(), network, sampler, timed, stopwatch, size, memory)
+        return cls(variant, backend, network, sampler, timed, stopwatch, *grown)
 
     def turn(self, draw: Draw) -> _Turn:
         self.stopwatch.seconds.clear()
@@ -253,13 +162,51 @@ class _Entrant:
             correction=self.sampler.table.method,
             extra_calls=len(turns[0].calls) - len(self.timed.steps),
             call_ms=measured("call_ms", "ms", (1e3 * turn.call for turn in turns)),
+            call_p90_ms=measured("call_p90_ms", "ms", (1e3 * turn.call_p90 for turn in turns)),
             speedup=measured("speedup", "x", (b.call / t.call for b, t in zip(baseline, turns, strict=True))),
             picture_ms=measured("picture_ms", "ms", (1e3 * turn.total / self.timed.batch_size for turn in turns)),
-            host=measured("host", "share", (1 - sum(turn.calls) / turn.total for turn in turns)),
-            graph_bytes=self.graph_bytes,
+            host=measured("host", "share", (turn.outside / turn.total for turn in turns)),
+            host_ms=measured("host_ms", "ms", (1e3 * turn.outside / len(turn.calls) for turn in turns)),
+            graph_bytes=graph_bytes(self.sampler.network.unet.path),
+            engine_bytes=self.sampler.compiled_bytes(),
             memory_bytes=self.memory_bytes,
+            device_bytes=self.device_bytes,
             kernels=self.sampler.kernels(),
             figures=figures,
+        )
+
+
+def _settled(draw: Draw, bundle: Bundle) -> Draw:
+    """The draw with nothing left open that would make a call or a picture another one for another bundle."""
+    config = bundle.sampler_config(scheduler=draw.scheduler, n_steps=draw.n_steps, eta=draw.eta)
+    return replace(
+        draw,
+        scheduler=config.scheduler,
+        n_steps=config.n_steps,
+        eta=config.eta,
+        guidance_scale=bundle.guidance(draw.guidance_scale),
+    )
+
+
+def _rows(sampler: Sampler) -> int:
+    """Of one network call: guidance asks for every picture twice."""
+    return sampler.batch_size * (1 if sampler.guidance_scale == 1 else 2)
+
+
+def _require_full_rows(variant: Variant, sampler: Sampler) -> None:
+    """A stored engine for more rows than there are would be timed on rows that nobody asked for, one for fewer on part
+    of them. Raises EngineError.
+    """
+    network = sampler.network
+    graph, engine = (
+        fixed_rows(input_roles(inputs).sample)
+        for inputs in ({spec.name: spec for spec in network.facts.inputs}, network.unet.inputs)
+    )
+    if graph is None and engine not in (None, wanted := _rows(sampler)):
+        raise EngineError(
+            f"{variant.name}: the stored engine takes {engine} rows a call, --batch-size {sampler.batch_size} with "
+            f"guidance {sampler.guidance_scale:g} asks for {wanted}. Run `qncd build` for that batch size, or name an "
+            "empty --engine-dir: engines are then made for the run."
         )
 
 
@@ -291,12 +238,21 @@ def _context(entrants: Sequence[_Entrant], draw: Draw, rounds: int) -> dict[str,
     versions = {backend: backend_status(find_backend(backend)).version for backend in {e.backend for e in entrants}}
     return {
         "pictures a batch": str(sampler.batch_size),
-        "rows a call": str(sampler.batch_size * (1 if scale == 1 else 2)),
+        "rows a call": str(_rows(sampler)),
         "sampler": f"{config.scheduler}, {config.n_steps} steps{eta}{guidance}",
         "rounds": str(rounds),
         "pictures compared": str(draw.count),
         "seed": str(draw.seed),
         **machine(),
+        **_gpu(versions),
         "threads": "the library's choice" if draw.threads is None else str(draw.threads),
         "engines": ", ".join(f"{name} {version or '(unknown)'}" for name, version in sorted(versions.items())),
     }
+
+
+def _gpu(backends: Iterable[str]) -> dict[str, str]:
+    """The GPU, if any backend computes on it."""
+    if all(find_backend(name).device == "cpu" for name in backends):
+        return {}
+    device = find_device()
+    return {"gpu": f"{device.name} ({device.sm}), driver of CUDA {device.cuda}"}

@@ -23,7 +23,7 @@ from PIL import Image
 
 from qncd_deploy.bundle import Manifest
 from qncd_deploy.evaluate import plots
-from qncd_deploy.evaluate.bench import BenchResult
+from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.contest import OFF, Contest, Kind
 from qncd_deploy.evaluate.judge import Figures

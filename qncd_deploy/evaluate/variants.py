@@ -36,7 +36,7 @@ class Variant:
     def open(self, bundle: Bundle, draw: Draw) -> Sampler:
         """A sampler of this variant. Raises as Bundle.sampler does; UsageError for a bundle of another network."""
         own = self.bundle or bundle
-        _require_same_network(bundle, own)
+        require_same_network(bundle, own)
         return own.sampler(
             self.backend,
             float_twin=self.float_twin,
@@ -63,9 +63,9 @@ def fitted_methods(bundle: Bundle, key: ScheduleKey, tables: Sequence[Path] = ()
     return tuple(sorted({table.method for table in held if table.key == key}))
 
 
-def _require_same_network(bundle: Bundle, other: Bundle) -> None:
+def require_same_network(bundle: Bundle, other: Bundle) -> None:
     """Float graphs are laid out beside their quantized siblings, so their bytes differ between formats; what they were
-    made from does not.
+    made from does not. Raises UsageError.
     """
     inputs, others = (_network_inputs(each) for each in (bundle, other))
     differs = next(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.base import default_backend
-from qncd_deploy.evaluate.bench import BenchResult
+from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
 from qncd_deploy.evaluate.judge import Draw, Figures
 from qncd_deploy.evaluate.measure import graph_bytes, machine

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd_deploy.errors import BundleError, UsageError
-from qncd_deploy.evaluate.bench import BenchResult
+from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.files import atomic_file, canonical_json
 from qncd_deploy.pipeline.proof import write_page
