@@ -138,6 +138,9 @@ def test_on_a_gpu_with_the_engines_that_are_stored(
     built = [asked["x"] for asked in machine.builds if "x" in asked]
     assert built == [shapes(1)["x"]], "the float twin's alone is built, at the batch size that is timed"
 
+    loaded = [engine.profiles[0]["x"][0][0] for engine in machine.module.engines if "x" in engine.profiles[0]]
+    assert loaded == [2, 2, 2], "two stored engines and the twin's"
+
     facts, found = json.loads(done.out), rows(done.out)
     assert facts["context"]["gpu"] == "Fake GPU (sm86), driver of CUDA 12.6"
     assert facts["context"]["rows a call"] == "2"
