@@ -85,6 +85,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it is there. Raises BundleError if it cannot be made."""
+    with _os_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
     """Keep other processes from using a folder, there or not yet, while the block runs.

@@ -78,6 +78,17 @@ def test_an_engine_for_this_gpu(bundle: Path, tmp_path: Path, gpu: FakeTensorRT)
     assert "up to date" in qncd(*args).out and len(gpu.builds) == 2
 
 
+def test_a_shelf_that_is_not_there_is_made_and_one_that_cannot_be_is_told_before_the_build(
+    bundle: Path, tmp_path: Path, gpu: FakeTensorRT
+) -> None:
+    done = qncd("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path / "new/shelf")
+    assert done.code == 0 and (tmp_path / "new/shelf/timing-tensorrt-10.3.0-sm89.cache").is_file(), done.err
+    gpu.builds.clear()
+    (tmp_path / "file").touch()
+    done = qncd("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path / "file")
+    assert done.code == 1 and "cannot be written" in done.line and gpu.builds == []
+
+
 def test_what_the_engine_misses_is_told_layer_by_layer(bundle: Path, tmp_path: Path, gpu: FakeTensorRT) -> None:
     gpu.layers = []
     done = qncd("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,18 @@ def test_the_timing_cache_is_kept_and_a_foreign_one_replaced(tmp_path: Path) -> 
     built(fake, timing_cache=path)
     assert path.read_bytes() == b"+"
     assert [asked["caches"] for asked in fake.builds] == [[b""], [b"+"], [b""]]
+
+
+def test_a_timing_cache_that_cannot_be_written_does_not_lose_the_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeTensorRT("10.3.0", [b"1", b"2"])
+    assert built(fake, timing_cache=tmp_path / "new/shelf/timing.cache").plan == b"1"
+    assert (tmp_path / "new/shelf/timing.cache").read_bytes() == b"+"
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.INFO):
+        assert built(fake, timing_cache=tmp_path / "file/timing.cache").plan == b"2"
+    assert "timing.cache: not written (" in caplog.text
 
 
 def test_ctrl_c_stops_the_builder_and_is_raised_after_it() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qncd_deploy.errors import EngineError
-from qncd_deploy.files import atomic_file, canonical_json
+from qncd_deploy.files import atomic_file, canonical_json, make_folder
 
 SCHEMA = 1
 AGAIN = "Run `qncd build` again here."
@@ -26,7 +26,7 @@ Facts = TypeVar("Facts")
 
 def save_stored(path: Path, content: bytes, facts: Any) -> None:
     """Write `content` to `path` and a dataclass of facts to the .json beside it; a folder that is not there is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_file(path) as partial:
         partial.write_bytes(content)
     data = {"schema": SCHEMA, "sha256": hashlib.sha256(content).hexdigest(), **asdict(facts)}

@@ -19,6 +19,7 @@ from qncd_deploy.engines.trt.library import Library, open_library
 from qncd_deploy.engines.trt.options import TARGETS, BuildOptions, Hardware, check_options, trtexec_line
 from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts, held_engine, save_engine
 from qncd_deploy.errors import BackendMissing, EngineError, UsageError
+from qncd_deploy.files import make_folder
 from qncd_deploy.pipeline.parity import Gate, Parity
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.runtime import Bundle
@@ -238,6 +239,7 @@ def _shapes(
 def _engine(job: _Job, library: Library, device: Device | None, gate: Gate | None, progress: Progress) -> Built:
     facts, seconds, parity = held_engine(job.path, job.facts), None, None
     if facts is None:
+        make_folder(job.path.parent)  # a long build must not end at a shelf that cannot be written
         memory = None if device is None else device.memory
         with progress.stage(f"building {job.graph.name}") as tick:
             started = time.perf_counter()

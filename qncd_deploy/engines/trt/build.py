@@ -8,6 +8,7 @@ the builder's log, which tells the kernels, to a logger of their own.
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import threading
@@ -30,9 +31,11 @@ from qncd_deploy.engines.trt.kernels import (
 )
 from qncd_deploy.engines.trt.library import Library, LogLine
 from qncd_deploy.engines.trt.options import DEFAULT_LEVEL, HARDWARE, BuildOptions, Shapes, check_options
-from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
-from qncd_deploy.files import atomic_file
+from qncd_deploy.errors import BackendMissing, BuildFailed, BundleError, EngineError, first_line
+from qncd_deploy.files import atomic_file, make_folder
 from qncd_deploy.specs import TensorSpec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def build(
 def graph_specs(library: Library, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
     """Inputs and outputs of an ONNX graph as the library reads it. Raises BuildFailed if it does not."""
     lines = list[LogLine]()
-    log = library.logger(lines)
-    _, network = _read(library, path, log, lines)
+    logger = library.logger(lines)
+    _, network = _read(library, path, logger, lines)
 
     def specs(tensors: Iterable[Any]) -> dict[str, TensorSpec]:
         return {tensor.name: TensorSpec(tensor.name, _dtype(library, tensor), _shape(tensor)) for tensor in tensors}
@@ -94,8 +97,8 @@ def product_tensors(library: Library, path: Path) -> tuple[str, ...]:
     Raises BuildFailed if the library does not read it.
     """
     lines = list[LogLine]()
-    log = library.logger(lines)
-    _, network = _read(library, path, log, lines)
+    logger = library.logger(lines)
+    _, network = _read(library, path, logger, lines)
     return tuple(product.output for product in demands_of(library, network).products)
 
 
@@ -122,8 +125,8 @@ def _build(
     on_progress: Callable[[int, int], None] | None,
 ) -> BuiltEngine:
     lines = list[LogLine]()
-    log = library.logger(lines)
-    builder, network = _read(library, path, log, lines)
+    logger = library.logger(lines)
+    builder, network = _read(library, path, logger, lines)
     demands = demands_of(library, network)
     _mark(network, watch, path)
     config = builder.create_builder_config()
@@ -141,8 +144,7 @@ def _build(
     if on_progress is not None:
         on_progress(_TICKS, _TICKS)
     if cache is not None and options.timing_cache is not None:
-        with atomic_file(options.timing_cache) as partial:
-            partial.write_bytes(bytes(cache.serialize()))
+        _keep_timings(options.timing_cache, bytes(cache.serialize()))
     content = bytes(plan)
     layers = layers_from_log(lines) if library.ahead_of_time else _inspected(library, content)
     return BuiltEngine(content, options, demands, kernel_table(demands, layers))
@@ -252,6 +254,15 @@ def _timing_cache(library: Library, config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def _keep_timings(path: Path, content: bytes) -> None:
+    try:
+        make_folder(path.parent)
+        with atomic_file(path) as partial:
+            partial.write_bytes(content)
+    except BundleError as exc:  # the engine is worth more than the minutes that the next build will take
+        log.info("%s: not written (%s), so the next build measures kernels again", path, exc)
 
 
 def _inspected(library: Library, plan: bytes) -> tuple[Layer, ...]:
