@@ -96,6 +96,19 @@ def test_built_checked_kept_and_sampled(native: str, bundle: Path, tmp_path: Pat
     assert error < 0.5, "four steps of INT8, each off by far less"
 
 
+def test_a_bench_times_what_was_built_and_tells_the_gpus_memory(native: str, bundle: Path, tmp_path: Path) -> None:
+    shelf = ("--backend", native, "--remainder", "f16", "--engine-dir", tmp_path)
+    built = json.loads(qncd("build", bundle, *shelf, "--batch", 1, "--no-fit", "--json").out)
+    done = qncd("bench", bundle, *shelf, "--rounds", 3, "--eval-size", 2, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    twin, quantized = found["rows"]
+    assert quantized["engine_bytes"] == built["bytes"] and twin["engine_bytes"] > 0
+    # single engines of this size may fit into pages that the GPU has handed out already
+    assert twin["device_bytes"] + quantized["device_bytes"] > 0
+    assert find_device().name in found["context"]["gpu"]
+
+
 def test_the_device_loop_equals_the_hosts(native: str, bundle: Path) -> None:
     """The same engine, with the loop on the device and on the host: float32 arithmetic in another order."""
     with Bundle.open(bundle).sampler(native, float_twin=True, batch_size=2) as sampler:
