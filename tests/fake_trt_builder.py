@@ -7,6 +7,7 @@ build, and keeps what it was asked for.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,8 @@ class _Base:
 
 
 class FakeTensorRT:
-    """script: for each build its plan, or the error lines it fails with;  builds: what each was asked for.
+    """script: for each build its plan, or the error lines it fails with;  builds: what each was asked for;
+    thread: the one that the last was in.
 
     Options: layers (what the inspector tells), foreign_caches (timing caches it refuses), during (called with the
     monitor while it builds), shape (of the input).
@@ -83,6 +85,7 @@ class FakeTensorRT:
         self.__version__ = version
         self._names, self._script = set(RECORDED[version]), list(script)
         self.builds: list[dict[str, Any]] = []
+        self.thread: threading.Thread | None = None
         self.layers: list[Any] = options.get("layers", [CONVOLUTION])
         self.foreign_caches: tuple[bytes, ...] = options.get("foreign_caches", ())
         self.during = options.get("during", lambda monitor: None)
@@ -129,6 +132,7 @@ class _Builder:
 
     def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
         self._trt.builds.append({"flags": network.flags, "shape": network.input.shape, **config.asked})
+        self._trt.thread = threading.current_thread()
         monitor = config.asked["progress_monitor"]
         monitor.phase_start("Building Engine", None, 2)
         self._trt.during(monitor)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,16 +187,48 @@ def test_ctrl_c_stops_the_builder_and_is_raised_after_it() -> None:
     steps: list[bool] = []
 
     def press(monitor: Any) -> None:
-        handler = signal.getsignal(signal.SIGINT)
-        assert callable(handler)
-        handler(signal.SIGINT, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        until = time.monotonic() + 10
+        while monitor.step_complete("Building Engine", 0) and time.monotonic() < until:
+            time.sleep(0.001)
         steps.append(monitor.step_complete("Building Engine", 0))
 
     fake = FakeTensorRT("10.3.0", during=press)
-    former = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         built(fake)
-    assert steps == [False] and signal.getsignal(signal.SIGINT) is former
+    assert steps == [False]
+    assert fake.thread is not threading.main_thread()  # which the library would not give back before it is done
+
+
+def test_progress_is_told_by_one_of_the_builders_threads_at_a_time() -> None:
+    told: list[int] = []
+    failures: list[BaseException] = []
+    busy = threading.Lock()
+
+    def tick(done: int, total: int) -> None:
+        assert busy.acquire(blocking=False), "two at once"
+        time.sleep(1e-5)  # lets another thread run
+        told.append(done)
+        busy.release()
+
+    def work(monitor: Any, name: str) -> None:
+        try:
+            for step in range(100):
+                monitor.phase_start(f"{name}{step}", "Building Engine", 2)
+                assert monitor.step_complete(f"{name}{step}", 0)
+                monitor.phase_finish(f"{name}{step}")
+        except BaseException as exc:
+            failures.append(exc)
+
+    def during(monitor: Any) -> None:
+        threads = [threading.Thread(target=work, args=(monitor, name)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    build(library(FakeTensorRT("10.3.0", during=during)), GRAPH, BuildOptions((SHAPES,)), on_progress=tick)
+    assert failures == [] and told == sorted(told) and told[-1] == 1000
 
 
 def test_specs_name_free_sizes_where_the_graph_does_not() -> None:

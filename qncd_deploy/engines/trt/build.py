@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from qncd_deploy.engines.trt.kernels import (
     layers_from_log,
 )
 from qncd_deploy.engines.trt.library import Library, LogLine
+from qncd_deploy.engines.trt.monitor import TICKS, Watched, in_worker
 from qncd_deploy.engines.trt.options import DEFAULT_LEVEL, HARDWARE, BuildOptions, Shapes, check_options
 from qncd_deploy.errors import BackendMissing, BuildFailed, BundleError, EngineError, first_line
 from qncd_deploy.files import atomic_file, make_folder
@@ -60,7 +60,8 @@ def build(
     """Build an ONNX graph. When memory runs out it is tried again with less workspace and a lower level.
 
     memory: of the GPU, in bytes, which workspace is halved from if none was named;  watch: tensors of the graph to make
-    outputs, too;  on_progress: told steps done and in all.
+    outputs, too;  on_progress: told steps done and in all, from threads of the builder's, one at a time; what it raises
+    stops the build, and so does Ctrl-C.
 
     Raises: UsageError for options that this library does not have;  EngineError for shapes that the graph does not
     take;  BuildFailed, naming the node where the library does, if it refuses the graph or memory does not suffice.
@@ -69,7 +70,7 @@ def build(
     attempts = [options, *_smaller(options, memory)]
     for attempt in attempts:
         try:
-            return _build(library, path, attempt, watch, on_progress)
+            return in_worker(partial(_build, library, path, attempt, watch, on_progress))
         except _OutOfMemory as exc:
             where = exc.node or "the network"
     workspace = "" if attempt.workspace is None else f"{attempt.workspace >> 20} MiB of workspace and "
@@ -123,6 +124,7 @@ def _build(
     options: BuildOptions,
     watch: Sequence[str],
     on_progress: Callable[[int, int], None] | None,
+    stopped: threading.Event,
 ) -> BuiltEngine:
     lines = list[LogLine]()
     logger = library.logger(lines)
@@ -133,16 +135,15 @@ def _build(
     _configure(library, config, options)
     _set_shapes(builder, network, config, options.profiles, path)
     cache = _timing_cache(library, config, options.timing_cache)
-    raised: list[BaseException] = []
-    with _cancellable() as cancelled:
-        config.progress_monitor = _monitor(library, cancelled, on_progress or (lambda done, total: None), raised)
-        plan = builder.build_serialized_network(network, config)
-    if raised:
-        raise raised[0]
+    watched = Watched(library, stopped, on_progress)
+    config.progress_monitor = watched.monitor
+    plan = builder.build_serialized_network(network, config)
+    if watched.raised is not None:
+        raise watched.raised
     if plan is None:
         raise _failure(lines, path)
     if on_progress is not None:
-        on_progress(_TICKS, _TICKS)
+        on_progress(TICKS, TICKS)
     if cache is not None and options.timing_cache is not None:
         _keep_timings(options.timing_cache, bytes(cache.serialize()))
     content = bytes(plan)
@@ -150,17 +151,17 @@ def _build(
     return BuiltEngine(content, options, demands, kernel_table(demands, layers))
 
 
-def _read(library: Library, path: Path, log: Any, lines: Sequence[LogLine]) -> tuple[Any, Any]:
+def _read(library: Library, path: Path, logger: Any, lines: Sequence[LogLine]) -> tuple[Any, Any]:
     """A builder and the network that the parser made of a graph; types are the graph's, whatever the version."""
     trt = library.module
-    builder = trt.Builder(log)
+    builder = trt.Builder(logger)
     if builder is None:
         raise BackendMissing(f"{library.flavour}: cannot start ({_first_error(lines)}). Check `nvidia-smi`.")
     flags = 0
     if library.uses("NetworkDefinitionCreationFlag.STRONGLY_TYPED"):
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         why = _first_error(lines)
         if parser.num_errors:
@@ -259,8 +260,8 @@ def _timing_cache(library: Library, config: Any, path: Path | None) -> Any:
 def _keep_timings(path: Path, content: bytes) -> None:
     try:
         make_folder(path.parent)
-        with atomic_file(path) as partial:
-            partial.write_bytes(content)
+        with atomic_file(path) as unfinished:
+            unfinished.write_bytes(content)
     except BundleError as exc:  # the engine is worth more than the minutes that the next build will take
         log.info("%s: not written (%s), so the next build measures kernels again", path, exc)
 
@@ -294,69 +295,3 @@ _NO_MEMORY = re.compile("out ?of ?memory|insufficient memory|cuda(?:ErrorM| m)em
 
 def _first_error(lines: Sequence[LogLine]) -> str:
     return first_line(Exception(next((line.text for line in lines if line.is_error), "it does not say why")))
-
-
-def _monitor(
-    library: Library,
-    cancelled: threading.Event,
-    on_progress: Callable[[int, int], None],
-    raised: list[BaseException],
-) -> Any:
-    """An IProgressMonitor. Phases nest: a step of a phase is its children's work. What on_progress raises stops the
-    build and is put into `raised`, since the library's callbacks must not raise.
-    """
-    phases: dict[str, list[Any]] = {}  # name -> [parent, steps, done]
-    shown = 0
-
-    def share(name: str) -> float:
-        _, steps, done = phases[name]
-        children = [share(child) for child, (parent, *_) in phases.items() if parent == name]
-        return min(1.0, (done + max(children, default=0.0)) / max(1, steps))
-
-    def show() -> None:
-        nonlocal shown
-        roots = [share(name) for name, (parent, *_) in phases.items() if parent is None]
-        shown = max(shown, round(_TICKS * max(roots, default=0.0)))
-        on_progress(shown, _TICKS)
-
-    class Monitor(library.module.IProgressMonitor):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            phases[name] = [parent, steps, 0]
-
-        def step_complete(self, name: str, step: int) -> bool:
-            if name in phases:
-                phases[name][2] = step + 1
-            try:
-                show()
-            except BaseException as exc:
-                raised.append(exc)
-            return not (raised or cancelled.is_set())
-
-        def phase_finish(self, name: str) -> None:
-            phases.pop(name, None)
-
-    return Monitor()
-
-
-_TICKS = 1000
-
-
-@contextmanager
-def _cancellable() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of raising inside the library's callbacks, which must not raise; afterwards it is
-    raised as ever.
-    """
-    cancelled = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals are delivered to the main one alone
-        yield cancelled
-        return
-    former = signal.signal(signal.SIGINT, lambda number, frame: cancelled.set())
-    try:
-        yield cancelled
-    finally:
-        signal.signal(signal.SIGINT, former)
-    if cancelled.is_set():
-        raise KeyboardInterrupt
