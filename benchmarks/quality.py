@@ -1,9 +1,10 @@
-"""Quality of the demo's INT8 forms against the float twin: what each part of the recipe is worth, ungated forms too.
+"""Quality of the demo's quantized forms against the float twin: what each part of the recipe is worth, ungated too.
 
     python benchmarks/quality.py --pictures 2000 --out benchmarks/results/quality.md
 
 Exports one bundle per recipe, samples all with the same seeds and labels, and writes a table. Pictures are those of a
-seed that no export calibrates, fits or chooses on. Bundles that exist already are used again.
+seed that no export calibrates, fits or chooses on. Everything is kept in --work: an interrupted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.evaluate.compare import Variant, compare
 from qncd_deploy.evaluate.judge import Draw
+from qncd_deploy.evaluate.store import Store
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.options import ExportOptions
 
@@ -34,6 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=Path("calib_data/fashion-ldm/model.ckpt"))
     parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--format", default="w8a8")
+    parser.add_argument("--threads", type=int, help="of the engine")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("export"), help="where the bundles go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
@@ -44,6 +48,7 @@ def main() -> None:
         options = ExportOptions(
             given.checkpoint,
             name=f"quality-{number}",
+            format=given.format,
             onnx_dir=given.work,
             correction=correction,
             eval_size=16,
@@ -55,16 +60,17 @@ def main() -> None:
         Variant(f"{method} at run time, forced", "openvino", method, bundle=bundles[CORRECTED])
         for method in ("qncd", "qncd:paper")
     ]
-    draw = Draw(given.pictures, seed=given.seed, batch_size=32)
-    with bars.stage("pictures") as tick:
-        found = compare(bundles[CORRECTED], variants, draw, traced=64, on_progress=tick)
+    draw = Draw(given.pictures, seed=given.seed, batch_size=32, threads=given.threads)
+    pictures = given.work / "quality-pictures"
+    with Store.open(pictures, list(bundles.values()), keep=True) as store, bars.stage("pictures") as tick:
+        found = compare(bundles[CORRECTED], variants, draw, shown=0, traced=64, store=store, on_progress=tick)
     float_ = found.reference
     lines = [
-        f"# Quality of the demo at W8A8, {given.pictures} pictures of seed {given.seed}",
+        f"# Quality of the demo at {given.format.upper()}, {given.pictures} pictures of seed {given.seed}",
         "",
-        f"`python benchmarks/quality.py --pictures {given.pictures} --seed {given.seed}`; {float_.engine}, DDIM "
-        f"{float_.calls} steps, guidance 1.5; {platform.machine()}, Python {platform.python_version()}. "
-        "Intervals: 95 %, bootstrap.",
+        f"`python benchmarks/quality.py --format {given.format} --pictures {given.pictures} --seed {given.seed}`; "
+        f"{float_.engine}, DDIM {float_.calls} steps, guidance 1.5; {platform.machine()}, "
+        f"Python {platform.python_version()}. Intervals: 95 %, bootstrap.",
         "",
         "| network | PSNR, dB | shift | IS | accuracy | FID | output SNR first, middle, last call, dB | extra calls |",
         "|---|---|---|---|---|---|---|---|",
