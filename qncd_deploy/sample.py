@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from qncd_deploy.correct.fitting import ModelFor, Rollout, State
+from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.errors import LabelError, ScheduleError, UsageError
 from qncd_deploy.schedule import Prediction
@@ -94,6 +95,18 @@ def guided(
     return predict
 
 
+ModelFor = Callable[[Sequence[int]], EpsModel]
+"""The network for a batch of pictures, named by index: labels and guidance are inside what it returns."""
+
+
+class Rollout(Protocol):
+    """The sampling loop for some pictures, from noise to latents, with noise that depends on the pictures alone."""
+
+    def __call__(
+        self, model_for: ModelFor, indices: Sequence[int], fixes: Sequence[StepFix] | None = None
+    ) -> Iterator[State]: ...
+
+
 def rollout(
     steps: Sequence[Step],
     *,
@@ -102,7 +115,7 @@ def rollout(
     prediction: Prediction = "epsilon",
     scale: float = 1.0,
 ) -> Rollout:
-    """The loop with everything but the model, the pictures and the corrections chosen: what fit functions run.
+    """The loop with everything but the model, the pictures and the corrections chosen.
 
     shape: (C, H, W); scale: steps.initial_scale.
     """

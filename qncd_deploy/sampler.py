@@ -317,6 +317,5 @@ def _range(condition: ConditionFacts) -> str:
 
 
 def default_batch(latent_shape: Sequence[int]) -> int:
-    """Pictures at a time, fewer the larger they are."""
     """Pictures at a time where nobody says: fewer of large ones."""
     return int(np.clip(_LATENT_NUMBERS // int(np.prod(latent_shape)), 1, _LARGEST_DEFAULT_BATCH))

@@ -387,6 +387,11 @@ def _dpmpp_rows(nodes: Sequence[_Node], schedule: Schedule) -> tuple[Step, ...]:
             weights: tuple[float, ...] = (weight,)
         else:
             before = math.sqrt(1 / nodes[call - 1].abar - 1)
+            if before <= sigma:
+                raise ScheduleError(
+                    f"dpmpp-2m: step {call} starts no less noisy than the one before it, which its second order needs. "
+                    "Fit the correction for this schedule again, or use another."
+                )
             half_ratio = math.log(sigma / target) / math.log(before / sigma) / 2
             weights = (weight * (1 + half_ratio), -weight * half_ratio)
         keep = math.sqrt((1 - node.abar_next) / (1 - node.abar))

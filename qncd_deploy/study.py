@@ -8,7 +8,7 @@ on disk already is not run again, so an interrupted fit goes on where it stopped
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,7 @@ class FreeRun:
 
     setting: Setting
     network: EpsModel
-    fixes: list[StepFix] = field(default_factory=list)
+    fixes: list[StepFix] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._steps = self.setting.steps
@@ -189,6 +189,7 @@ class FreeRun:
             prediction=self.setting.schedule.prediction,
             after=self._state,
         )
+        state = replace(state, call=self.call)
         self.fixes.append(fix)
         self._state, self.x, self._output = state, state.x, None
         return state

@@ -8,6 +8,7 @@ import pytest
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.correct.rules import active, check, only, without_variance
 from qncd_deploy.errors import ScheduleError
+from qncd_deploy.sample import PictureNoise, denoise
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.steps import SamplerConfig, make_steps
 
@@ -71,3 +72,18 @@ def test_taking_out():
     assert [(r.a, r.var, r.x_mul) for r in bare] == [(1, 0, 1), (1.1, 0, 1), (1, 0, 1)]
     kept = only((StepFix(a=2.0), StepFix(a=3.0), StepFix(a=4.0)), range(1, 2))
     assert [r.a for r in kept] == [1, 3, 1]
+
+
+def test_cutting_ends_a_measured_mean():
+    """After the cut nothing is subtracted any more, though the mean that was measured lives on in the loop."""
+    steps = make_steps(SCHEDULE, SamplerConfig("ddim", 8))
+    fixes = [StepFix(refresh=call == 2, m_gain=0.1) for call in range(8)]
+
+    def network(x, t):
+        return np.tanh(x) + np.float32(0.3)
+
+    noise = PictureNoise(0, range(2), (2, 4, 4))
+    states = denoise(network, noise.initial(), steps, noise=noise, fixes=only(fixes, range(4)))
+    gaps = [np.abs(state.eps - state.raw).max() for state in states]
+    assert gaps[2] > 0 and gaps[3] > 0
+    assert gaps[4:] == [0, 0, 0, 0]

@@ -113,7 +113,7 @@ def test_a_fit_reports_everything_that_competed(fitted: Fitted) -> None:
     assert (fitted.objective, fitted.pictures, fitted.confidence) == ("shift", 8, 0.95)
     assert {"off", "ptqd", "d2dpm"} <= fitted.screened.keys()
     assert fitted.figures.keys() <= fitted.screened.keys() == fitted.latent_snr_db.keys()
-    assert fitted.wins.keys() == fitted.figures.keys() - {"off"}
+    assert fitted.confirmed.keys() == ({"off", fitted.best} if fitted.best else set())
     assert {len(curve) for curve in fitted.latent_snr_db.values()} == {CALLS}
     assert fitted.choice == "off" or fitted.significant
     assert fitted.refused.keys() == {"map"} and "4 pictures" in fitted.refused["map"]  # a number an element takes more

@@ -79,7 +79,8 @@ def contest(network, folder, *, names=NAMES, eta=0.0, shortlist=None):
     study = recorded(exact, network, setting_of(SCHEDULE, pictures=32, seed=1, **sampler), folder)
     arena = Field(network, setting_of(SCHEDULE, pictures=24, seed=2, **sampler))
     fitted = {name: METHODS[name].fit(study) for name in names}
-    return study, arena, choose(study, fitted, arena, shortlist=shortlist)
+    fresh = Field(network, setting_of(SCHEDULE, pictures=24, seed=3, **sampler))
+    return study, arena, choose(study, fitted, arena, lambda: fresh, shortlist=shortlist)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -92,7 +93,8 @@ def test_it_finds_what_repairs_the_network(tmp_path, eta):
     assert found.screened["ptqd:paper"] > 5 * found.screened["ptqd"]
     assert found.figures[taken.name] == min(found.figures.values())
     assert found.figures[taken.name] <= min(found.figures.get(name, np.inf) for name in NAMES)
-    assert found.wins[taken.name] > 0.95
+    assert found.best == taken.name and found.wins > 0.95
+    assert found.confirmed[taken.name] < 0.02 * found.confirmed["off"]
 
 
 def test_a_perfect_network_is_left_alone(tmp_path):
@@ -100,14 +102,35 @@ def test_a_perfect_network_is_left_alone(tmp_path):
 
 
 def test_noise_that_no_table_can_know_is_left_alone(tmp_path):
-    """The error is a fresh draw every call: what a fit finds in it is not there in other pictures."""
-    rng = np.random.default_rng(9)
+    """The error is a fresh draw every call: what a fit finds in it is not there in other pictures. Confirmed at 95 %,
+    one in twenty may pass by luck."""
+    taken = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
 
-    def restless(x, t):
-        return exact(x, t) + rng.normal(0, 0.05, x.shape).astype(np.float32)
+        def restless(x, t, rng=rng):
+            return exact(x, t) + rng.normal(0, 0.05, x.shape).astype(np.float32)
 
-    _, _, found = contest(restless, tmp_path, names=("map", "qncd"))
-    assert found.taken is None or found.figures[found.taken.name] > 0.8 * found.figures["off"]
+        taken += contest(restless, tmp_path / str(seed), names=("map", "qncd", "ptqd"))[2].taken is not None
+    assert taken <= 1
+
+
+def test_a_lucky_winner_is_found_out(tmp_path):
+    """What is better on the pictures it was chosen by, and worse on others."""
+
+    class Swayed(Field):
+        def _errors(self, candidate, count):
+            return super()._errors(candidate, count) * (1e-3 if candidate.name == "worse" else 1)
+
+    sampler = {"shape": SHAPE, "n_steps": 8}
+    study = recorded(exact, exact, setting_of(SCHEDULE, pictures=32, seed=1, **sampler), tmp_path)
+    worse = tuple(StepFix(a=1.05) for _ in study.steps)
+    arena = Swayed(skewed, setting_of(SCHEDULE, pictures=24, seed=2, **sampler))
+    fresh = Field(exact, setting_of(SCHEDULE, pictures=24, seed=3, **sampler))
+    found = choose(study, {"worse": worse}, arena, lambda: fresh)
+    assert found.best == "worse" and found.figures["worse"] < found.figures["off"]
+    assert found.confirmed["worse"] > found.confirmed["off"]
+    assert found.taken is None and found.wins < 0.5
 
 
 def test_what_has_added_up_is_taken_out_of_the_input(tmp_path):

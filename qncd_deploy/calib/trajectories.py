@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from qncd_deploy.correct.fitting import Rollout
 from qncd_deploy.errors import CalibrationError
 from qncd_deploy.files import canonical_json, load_npz, save_npz
-from qncd_deploy.sample import guided, rollout
+from qncd_deploy.sample import Rollout, guided, rollout
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.specs import EpsModel, TensorSpec
 from qncd_deploy.steps import SamplerConfig, initial_scale, make_steps

@@ -13,12 +13,12 @@ import click
 from qncd_deploy.cli.options import PATH, json_option, print_json
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing, GateFailed
+from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.evaluate.measure import graph_bytes
 from qncd_deploy.pipeline.options import (
     CALIB_METHODS,
     CORRECTIONS,
     FORMATS,
-    OBJECTIVES,
     SMOOTHING,
     ExportOptions,
 )

@@ -22,6 +22,7 @@ from qncd_deploy.cli.options import (
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
+from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.pictures import check_output, save_pictures
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle
@@ -132,9 +133,9 @@ def sample_command(
 @sampling_options
 @backend_option
 @remainder_option
-@click.option("--objective", type=click.Choice(["shift", "psnr"]), default="shift", help="What auto chooses by.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="shift", help="What auto chooses by.")
 @click.option(
-    "--fit-size", type=click.IntRange(1), default=32, help="Pictures to fit on; the choice is made on twice as many."
+    "--fit-size", type=click.IntRange(2), default=32, help="Pictures to fit on; the choice is made on twice as many."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option

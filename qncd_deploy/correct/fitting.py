@@ -1,4 +1,4 @@
-"""What a fit function is handed: paired outputs of both networks, the ordinary sampling loop, and runs call by call.
+"""What a fit function is handed: paired outputs of both networks, and runs that go on call by call.
 
 teacher-forced pairs    q and e, the quantized and the float network's output at the same input x, which is the
                         float sampler's own state: what q - e is made of, call by call
@@ -7,7 +7,7 @@ free run                the quantized sampler on its own, the rows fitted so far
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,9 +17,6 @@ from qncd_deploy.correct.record import StepFix
 from qncd_deploy.schedule import Prediction, Schedule
 from qncd_deploy.specs import Array, EpsModel
 from qncd_deploy.steps import Memory, SamplerConfig, Step
-
-ModelFor = Callable[[Sequence[int]], EpsModel]
-"""The network for a batch of pictures, named by index: labels and guidance are inside what it returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +41,6 @@ class State:
     memory: Memory
     m: Array | float | None
     extra_calls: int
-
-
-class Rollout(Protocol):
-    """The sampling loop for some pictures, from noise to latents, with noise that depends on the pictures alone."""
-
-    def __call__(
-        self, model_for: ModelFor, indices: Sequence[int], fixes: Sequence[StepFix] | None = None
-    ) -> Iterator[State]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +89,7 @@ class Study(Protocol):
 
     schedule, config    what the steps are made from
     steps               the sampler's untouched rows
+    prediction          what the raw outputs stand for
     pictures            how many pictures
     exact_network       the float network for these pictures
     """

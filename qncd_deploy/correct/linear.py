@@ -101,7 +101,7 @@ def _regress(name: str, designs: Iterator[np.ndarray], targets: Iterator[np.ndar
             f"{name}: {count} samples for {len(gram)} coefficients a channel, {SAMPLES_PER_COEFFICIENT} for each are "
             "the least. Fit on more pictures (--fit-size)."
         )
-    penalty = RIDGE * np.diag(gram)[:-1].mean() * np.eye(len(gram))
+    penalty = RIDGE * (np.diag(gram)[:-1].mean() or 1.0) * np.eye(len(gram))
     penalty[-1, -1] = 0
     weights = np.linalg.solve(gram + penalty, cross)
     left = power - 2 * np.sum(weights * cross) + np.sum(weights * (gram @ weights))

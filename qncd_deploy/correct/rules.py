@@ -30,6 +30,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 _HOW = ("coef", "t_model", "x_mul")
 _DEFAULTS = StepFix()
+_NOTHING = StepFix(m_gain=0.0)
 
 
 def active(fixes: Sequence[StepFix], steps: Sequence[Step]) -> dict[str, frozenset[str]]:
@@ -70,8 +71,8 @@ def without_variance(fixes: Sequence[StepFix]) -> tuple[StepFix, ...]:
 
 
 def only(fixes: Sequence[StepFix], calls: Container[int]) -> tuple[StepFix, ...]:
-    """The rows of some calls, nothing at the others."""
-    return tuple(fix if call in calls else _DEFAULTS for call, fix in enumerate(fixes))
+    """The rows of some calls, nothing at the others: no share of a mean that an earlier row measured either."""
+    return tuple(fix if call in calls else _NOTHING for call, fix in enumerate(fixes))
 
 
 def _differs(fix: StepFix, name: str) -> bool:

@@ -47,6 +47,8 @@ def fit(study: Study) -> tuple[StepFix, ...]:
         require_finite(delta, method="stepbaq", what=f"the state after call {call}")
         mu = delta.mean(axis=(0, 2, 3), dtype=np.float64)
         tau = _tau(np.mean(np.square(delta - mu.reshape(-1, 1, 1))), steps[call + 1], study.schedule)
+        if tau is not None and len(steps[call + 1].x0_weights) == 2 and study.schedule.alphas_cumprod[tau] <= step.abar:
+            tau = None  # a second-order step must start less noisy than the one before it
         if tau is not None:
             abar = float(study.schedule.alphas_cumprod[tau])
             rows[call] = replace(row, x_sub=mu, x_mul=math.sqrt(abar / steps[call + 1].abar))

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from qncd_deploy.correct.methods import METHODS
 
+OBJECTIVES = ("shift", "psnr")
 OFF = "off"
+CAP_DB = 200.0
+"""Curves end here: equal arrays have an infinite SNR, and JSON has no number for it."""
 
 Kind = Literal["none", "published", "ours", "combined"]
 
@@ -19,9 +22,11 @@ class Contest:
     """What `--correction auto` takes on one engine, and by which figures.
 
     choice: a name, OFF if nothing is better beyond chance;  objective: "shift", where less is better, or "psnr", in dB;
-    pictures: held out, in all;  screened: the objective of every candidate on the first half of them;  figures: on all
-    of them, of OFF, the finalists and what was made of these;  wins: the share of bootstrap resamples in which each of
-    `figures` beats OFF;  confidence: the share that is asked for;  refused: why a method could not be fitted;
+    pictures: held out to choose by, in all;  screened: the objective of every candidate on the first half of them;
+    figures: on all of them, of OFF, the finalists and what was made of these;  best: of `figures`, None if that is OFF;
+    confirmed: the objective of OFF and `best` on as many pictures that nothing was chosen by;  wins: the share of
+    bootstrap resamples of these in which `best` beats OFF;  confidence: the share that is asked for;  refused: why a
+    method could not be fitted;
     latent_snr_db: one a network call, over the same few pictures for all; see evaluate.batches.
     """
 
@@ -31,7 +36,9 @@ class Contest:
     confidence: float
     figures: Mapping[str, float]
     screened: Mapping[str, float]
-    wins: Mapping[str, float]
+    best: str | None = None
+    confirmed: Mapping[str, float] = field(default_factory=dict)
+    wins: float | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     latent_snr_db: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -42,23 +49,24 @@ class Contest:
             "objective": self.objective,
             "pictures": self.pictures,
             "confidence": self.confidence,
-            "wins": dict(self.wins),
+            "best": self.best,
+            "confirmed": {name: _plain(value) for name, value in self.confirmed.items()},
+            "wins": self.wins,
             "refused": dict(self.refused),
             "figures": {name: _plain(value) for name, value in self.figures.items()},
             "screened": {name: _plain(value) for name, value in self.screened.items()},
-            "latent_snr_db": {name: [_plain(value) for value in values] for name, values in self.latent_snr_db.items()},
+            "latent_snr_db": {
+                name: [_capped(value) for value in values] for name, values in self.latent_snr_db.items()
+            },
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Contest:
         """What to_json made. Raises KeyError if something is missing."""
         plain = {part.name: data[part.name] for part in fields(Contest)}
-        for tried in ("figures", "screened"):
+        for tried in ("figures", "screened", "confirmed"):
             plain[tried] = {name: math.nan if value is None else value for name, value in data[tried].items()}
-        plain["latent_snr_db"] = {
-            name: tuple(math.inf if value is None else value for value in values)
-            for name, values in data["latent_snr_db"].items()
-        }
+        plain["latent_snr_db"] = {name: tuple(values) for name, values in data["latent_snr_db"].items()}
         return cls(**plain)
 
     @property
@@ -73,12 +81,7 @@ class Contest:
     @property
     def significant(self) -> bool:
         """Whether the choice beats OFF by the share that is asked for; it need not if a user asked for it by name."""
-        return self.wins.get(self.choice, 0.0) >= self.confidence
-
-    @property
-    def runner_up(self) -> str | None:
-        """The best of what was tried on all pictures, the choice and OFF left out."""
-        return next((name for name in self.order(self.figures) if name not in (OFF, self.choice)), None)
+        return self.choice == self.best and self.wins is not None and self.wins >= self.confidence
 
     @property
     def best_published(self) -> str | None:
@@ -108,7 +111,6 @@ class Contest:
                 kind=kind_of(name),
                 half=self.screened.get(name),
                 whole=self.figures.get(name),
-                wins=self.wins.get(name),
             )
             for name in (*self.order(self.figures), *screened_only)
         )
@@ -130,7 +132,6 @@ class Standing:
     kind: Kind
     half: float | None
     whole: float | None
-    wins: float | None
 
 
 def kind_of(name: str) -> Kind:
@@ -145,6 +146,11 @@ def kind_of(name: str) -> Kind:
 def _plain(value: float) -> float | None:
     """To four significant digits."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _capped(value: float) -> float:
+    """Decibels to four digits and within CAP_DB; what is not a number has nothing left of the signal."""
+    return float(f"{min(max(value, -CAP_DB), CAP_DB):.4g}") if not math.isnan(value) else -CAP_DB
 
 
 def half_of(count: int) -> int:

@@ -1,7 +1,7 @@
 """Fit correction tables on the engine that will run them, and choose among them by held-out pictures. No torch.
 
-Three sets of pictures share nothing with each other, with calibration or with what `--seed` shows: one to fit on, one
-to choose on, one to report on.
+Four sets of pictures share nothing with each other, with calibration or with what `--seed` shows: one to fit on, one to
+choose on, one to confirm the choice on, one to report on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import numpy as np
 
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
-from qncd_deploy.engines.base import Remainder, default_backend, find_backend, make_engine_id
+from qncd_deploy.engines.base import Remainder, backend_status, default_backend, find_backend, make_engine_id
 from qncd_deploy.errors import CalibrationError, UsageError
-from qncd_deploy.evaluate.contest import OFF, Contest
+from qncd_deploy.evaluate.contest import OBJECTIVES, OFF, Contest
 from qncd_deploy.evaluate.features import FeatureNetwork
 from qncd_deploy.files import canonical_json
 from qncd_deploy.pipeline.arena import Arena
@@ -35,6 +36,7 @@ from qncd_deploy.study import RecordedStudy, Setting
 
 FIRST_FIT_PICTURE = 1 << 28
 FIRST_CHOICE_PICTURE = 1 << 29
+FIRST_CONFIRMING_PICTURE = 5 << 27
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,10 @@ class FitOptions:
     def __post_init__(self) -> None:
         if unknown := set(self.methods or ()) - METHODS.keys():
             raise UsageError(f"--correction {min(unknown)}: expected one of {', '.join(METHODS)}.")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"--objective {self.objective}: expected one of {', '.join(OBJECTIVES)}.")
+        if self.size < 2:
+            raise UsageError(f"--fit-size {self.size}: expected 2 or more.")
 
     @property
     def fit_pictures(self) -> range:
@@ -79,6 +85,10 @@ class FitOptions:
     @property
     def choice_pictures(self) -> range:
         return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + 2 * self.size)
+
+    @property
+    def confirming_pictures(self) -> range:
+        return range(FIRST_CONFIRMING_PICTURE, FIRST_CONFIRMING_PICTURE + 2 * self.size)
 
 
 def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
@@ -111,10 +121,19 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         study = _recorded(bundle, exact, plain, options, work, done)
         fitted, refused = _fit_all(study, options, done)
         features = None
-        if options.objective == "shift" and "features" in bundle.manifest.roles and exact.network.decoder is not None:
-            features = stack.enter_context(FeatureNetwork.open(bundle.file("features"), twin))
-        arena = Arena.of(exact, plain, options.choice_pictures, features, seed=options.seed, on_pictures=done.add)
-        chosen = choose(study, fitted, arena, shortlist=options.shortlist)
+        if options.objective == "shift":
+            if "features" in bundle.manifest.roles and bundle.manifest.model.picture_shape is not None:
+                network = FeatureNetwork.open(bundle.file("features"), twin, threads=options.threads)
+                features = stack.enter_context(network)
+            else:
+                log.info("no feature network to measure the shift of pictures by: PSNR to the float network decides.")
+
+        def arena_of(pictures: range) -> Arena:
+            return Arena.of(exact, plain, pictures, features, seed=options.seed, on_pictures=done.add)
+
+        arena = arena_of(options.choice_pictures)
+        fresh = partial(arena_of, options.confirming_pictures)
+        chosen = choose(study, fitted, arena, fresh, shortlist=options.shortlist)
     return Fitted(
         tables=_tables(plain.table.key, fitted, chosen, arena.objective, options),
         choice=OFF if chosen.taken is None else chosen.taken.name,
@@ -123,6 +142,8 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         confidence=CONFIDENCE,
         figures=chosen.figures,
         screened=chosen.screened,
+        best=chosen.best,
+        confirmed=chosen.confirmed,
         wins=chosen.wins,
         refused=refused,
         latent_snr_db=chosen.latent_snr_db,
@@ -164,7 +185,7 @@ class _Work:
     def __init__(self, tick: Tick, options: FitOptions, *, calls: int) -> None:
         methods = len(options.methods or METHODS)
         fits = (2 + methods) * options.size
-        trials = (2 + 6 + methods / 2) * len(options.choice_pictures)
+        trials = (2 + 6 + 3 + methods / 2) * len(options.choice_pictures)
         self._total = round(calls * (fits + trials))
         self._done = 0
         self._tick = tick
@@ -191,15 +212,28 @@ def _recorded(
     exact_network, network = (
         done.counted(sampler.model_for(pictures, batch_size=sampler.batch_size)) for sampler in (exact, plain)
     )
-    of_float = {**asdict(plain.table.key), "backend": exact.table.key.backend, "plan_sha": exact.network.source}
-    recipes = (of_float, {**asdict(plain.table.key), "network": plain.network.source})
-    folders = [
-        work / hashlib.sha256(canonical_json([recipe, options.size, options.seed]).encode()).hexdigest()[:16]
-        for recipe in recipes
-    ]
+    folders = [work / _recording(bundle, sampler, options) for sampler in (exact, plain)]
     study = RecordedStudy(setting, exact_network, network, *folders)
     study.record()
     return study
+
+
+def _recording(bundle: Bundle, sampler: Sampler, options: FitOptions) -> str:
+    """A name for what this sampler's network says of the pictures to fit on: a hash of everything that decides it."""
+    key = sampler.table.key
+    held = bundle.manifest.files
+    facts = {
+        "key": {**asdict(key), "plan_sha": ""},
+        "graph": sampler.network.source,
+        "model": asdict(bundle.manifest.model),
+        "files": {role: held[name].sha256 for role, name in bundle.manifest.roles.items() if role in _CONDITIONS},
+        "version": backend_status(find_backend(key.backend.rpartition("-")[0])).version,
+        "pictures": [options.size, options.seed],
+    }
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
+
+
+_CONDITIONS = ("class-embedding",)
 
 
 def _fit_all(
@@ -227,10 +261,9 @@ def _tables(
 
     def info(name: str) -> dict[str, Any]:
         found: dict[str, Any] = {"pictures": options.size}
-        if name in chosen.figures:
-            found |= {objective: chosen.figures[name], "beats off": chosen.wins[name]}
-        elif math.isfinite(chosen.screened.get(name, math.nan)):
-            found |= {f"{objective}, half of the pictures": chosen.screened[name]}
+        for words, tried in ((objective, chosen.figures), (f"{objective}, half of the pictures", chosen.screened)):
+            if math.isfinite(tried.get(name, math.nan)):
+                return {**found, words: tried[name]}
         return found
 
     return tuple(CorrectionTable(name, key, fixes, info(name)) for name, fixes in rows.items())

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.errors import UsageError
+from qncd_deploy.evaluate.contest import OBJECTIVES
 
 FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
 CORRECTIONS = ("auto", "off", *METHODS)
-OBJECTIVES = ("shift", "psnr")
 CALIB_METHODS = ("minmax", "percentile", "mse")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -72,14 +72,14 @@ class ExportOptions:
         ):
             if value not in known:
                 raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}.")
-        for flag, count in (
-            ("--calib-size", self.calib_size),
-            ("--calib-steps", self.calib_steps),
-            ("--fit-size", self.fit_size),
-            ("--eval-size", self.eval_size),
+        for flag, count, least in (
+            ("--calib-size", self.calib_size, 1),
+            ("--calib-steps", self.calib_steps, 1),
+            ("--fit-size", self.fit_size, 2),
+            ("--eval-size", self.eval_size, 1),
         ):
-            if count < 1:
-                raise UsageError(f"{flag} {count}: expected 1 or more.")
+            if count < least:
+                raise UsageError(f"{flag} {count}: expected {least} or more.")
         if not 0 <= self.keep_float <= 100:
             raise UsageError(f"--keep-float {self.keep_float:g}: expected 0 to 100, percent of the arithmetic.")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
