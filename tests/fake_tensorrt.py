@@ -43,10 +43,17 @@ NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
 
 def plan(
-    graph: Path, profiles: Sequence[Profile], *, version: str = "10.13.2", device: str = "sm86", kind: str = "tensorrt"
+    graph: Path,
+    profiles: Sequence[Profile],
+    *,
+    version: str = "10.13.2",
+    device: str = "sm86",
+    kind: str = "tensorrt",
+    version_compatible: bool = False,
 ) -> bytes:
     """What a builder would have made of a graph."""
     facts = {"graph": str(graph), "profiles": list(profiles), "version": version, "device": device, "kind": kind}
+    facts["version_compatible"] = version_compatible
     return b"PLAN" + json.dumps(facts).encode()
 
 
@@ -227,6 +234,7 @@ class TensorRT:
         self.kind = kind
         self.device = device
         self.engines: list[Engine] = []
+        self.memory_left = True
 
     def Runtime(self, log: Any) -> Runtime:
         return Runtime(self, log)
@@ -236,6 +244,7 @@ class Runtime:
     def __init__(self, library: TensorRT, log: Any) -> None:
         self.library = library
         self.log = log
+        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, blob: bytes) -> Engine | None:
         def refuse(words: str) -> None:
@@ -251,6 +260,13 @@ class Runtime:
             return refuse(f"The engine plan file is not compatible: expecting version {self.library.__version__}")
         if facts["device"] != self.library.device:
             return refuse(f"The engine was built for {facts['device']}, this device is {self.library.device}")
+        if facts["version_compatible"] and not self.engine_host_code_allowed:
+            return refuse("host code is not allowed in version compatible engines")
+        if not self.library.memory_left:
+            self.log.log(
+                Severity.ERROR, "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
+            )
+            return refuse("allocation")
         self.library.engines.append(Engine(self.log, facts))
         return self.library.engines[-1]
 
@@ -303,12 +319,20 @@ class Machine:
             path = Path(self._scratch.name) / f"{len(self.builds)}.onnx"
             onnx.save(model, path)
         profiles = [fixed(**shapes) for shapes in options.profiles]
-        blob = plan(path, profiles, version=self.module.__version__, kind=self.module.kind)
+        blob = plan(
+            path,
+            profiles,
+            version=self.module.__version__,
+            kind=self.module.kind,
+            version_compatible=options.version_compatible,
+        )
         return BuiltEngine(blob, options, Demands((), ()), TABLE)
 
-    def store(self, path: Path, graph: Path, *profiles: Mapping[str, tuple[int, ...]], source: str = "graph") -> Path:
-        """An engine as `qncd build` keeps it. profiles: input -> shape."""
-        options = BuildOptions(profiles=profiles)
+    def store(
+        self, path: Path, graph: Path, *profiles: Mapping[str, tuple[int, ...]], source: str = "graph", **how: Any
+    ) -> Path:
+        """An engine as `qncd build` keeps it. profiles: input -> shape;  how: of BuildOptions."""
+        options = BuildOptions(profiles=profiles, **how)
         built = self.build(self.library, graph, options)
         self.builds.clear()
         save_engine(path, built, EngineFacts.of(self.library, GPU, options, source=source))

@@ -74,11 +74,11 @@ class _Base:
 
 
 class FakeTensorRT:
-    """script: for each build its plan, or the error lines it fails with;  builds: what each was asked for;
-    thread: the one that the last was in.
+    """script: for each build its plan, or the lines it fails with, [W] marking warnings;  builds: what each was
+    asked for;  thread: the one that the last was in.
 
     Options: layers (what the inspector tells), foreign_caches (timing caches it refuses), during (called with the
-    monitor while it builds), shape (of the input).
+    monitor while it builds), shape (of the input), broken (the class that cannot start).
     """
 
     def __init__(self, version: str, script: Sequence[bytes | Sequence[str]] = (b"plan",), **options: Any) -> None:
@@ -89,6 +89,7 @@ class FakeTensorRT:
         self.layers: list[Any] = options.get("layers", [CONVOLUTION])
         self.foreign_caches: tuple[bytes, ...] = options.get("foreign_caches", ())
         self.during = options.get("during", lambda monitor: None)
+        self.broken: str | None = options.get("broken")
         self.shape: tuple[int, ...] = options.get("shape", (-1, 8, 4, 4))
         self.NetworkDefinitionCreationFlag = _Enum("EXPLICIT_BATCH", "STRONGLY_TYPED")
         self.BuilderFlag = _Enum("FP16", "INT8", "TF32", "VERSION_COMPATIBLE")
@@ -103,17 +104,37 @@ class FakeTensorRT:
         self.nptype = {self.DataType.FLOAT: np.float32}.__getitem__
 
     def Builder(self, log: Any) -> Any:
+        self._start("Builder", log)
         return _Builder(self, log)
 
     def OnnxParser(self, network: _Network, log: Any) -> Any:
+        self._start("OnnxParser", log)
         return SimpleNamespace(parse_from_file=lambda path: True, num_errors=0)
 
     def Runtime(self, log: Any) -> Any:
+        self._start("Runtime", log)
         inspector = SimpleNamespace(
             get_engine_information=lambda form: json.dumps({"Layers": self.layers, "Bindings": []})
         )
         engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
+        runtime = SimpleNamespace(engine_host_code_allowed=False)
+
+        def load(plan: bytes) -> Any:
+            if "VERSION_COMPATIBLE" in self.builds[-1]["set"] and not runtime.engine_host_code_allowed:
+                log.log(self.ILogger.Severity.ERROR, "IRuntime::deserializeCudaEngine: host code is not allowed")
+                return None
+            return engine
+
+        runtime.deserialize_cuda_engine = load
+        return runtime
+
+    def _start(self, name: str, log: Any) -> None:
+        """As pybind11 does it where the library returns a null pointer."""
+        if name == self.broken:
+            log.log(self.ILogger.Severity.ERROR, "first")
+            log.log(self.ILogger.Severity.WARNING, "CUDA initialization failure with error: 35")
+            log.log(self.ILogger.Severity.INFO, "last")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
 class _Builder:
@@ -142,7 +163,8 @@ class _Builder:
         if isinstance(outcome, bytes) and all(going_on):
             return outcome
         for line in [] if isinstance(outcome, bytes) else outcome:
-            self._log.log(self._trt.ILogger.Severity.ERROR, line)
+            severity = self._trt.ILogger.Severity
+            self._log.log(severity.WARNING if line.startswith("[W]") else severity.ERROR, line)
         return None
 
 

@@ -148,12 +148,12 @@ def test_without_a_gpu_there_must_be_targets(bundle: Path) -> None:
     done = qncd("build", bundle, "--backend", "tensorrt-rtx")
     assert done.code == 2
     assert done.line.endswith(
-        "--target: there is no GPU here to build for. Name those it is for, of sm80, sm86, sm89, sm120."
+        "--target: there is no GPU here to build for. Name those it is for, of sm75, sm80, sm86, sm89, sm120, sm121."
     )
 
 
 def test_doctor_says_what_can_be_built_ahead_of_time() -> None:
     pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed (x86-64 only)")
     text, facts = qncd("doctor"), json.loads(qncd("doctor", "--json").out)
-    assert facts["ahead_of_time"] == {"tensorrt-rtx": ["sm80", "sm86", "sm89", "sm120"]}
-    assert "sm80, sm86, sm89, sm120, ahead of time, with tensorrt-rtx" in text.out
+    assert facts["ahead_of_time"] == {"tensorrt-rtx": ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]}
+    assert "sm75, sm80, sm86, sm89, sm120, sm121, ahead of time, with tensorrt-rtx" in text.out

@@ -202,9 +202,11 @@ def test_four_bit_weights_that_are_unpacked_first_are_told(library: Library, tmp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "--target: name the GPUs to build for, of sm80, sm86, sm89, sm120."),
-        ({"targets": ("sm86", "sm75")}, "--target sm75: it has no INT8 convolutions"),
-        ({"targets": ("sm90",)}, "--target sm90: tensorrt-rtx builds for sm80, sm86, sm89, sm120. For other GPUs use"),
+        ({}, "--target: name the GPUs to build for, of sm75, sm80, sm86, sm89, sm120, sm121."),
+        (
+            {"targets": ("sm90",)},
+            "--target sm90: tensorrt-rtx builds for sm75, sm80, sm86, sm89, sm120, sm121. For other GPUs use",
+        ),
         ({"targets": ("sm86",), "hardware": "ampere-plus"}, "--hardware-compatibility: tensorrt-rtx 1."),
         ({"targets": ("sm86",), "version_compatible": True}, "--version-compatible: tensorrt-rtx 1."),
     ],
@@ -213,6 +215,39 @@ def test_options_that_it_does_not_have(library: Library, options: dict, words: s
     with pytest.raises(UsageError) as caught:
         check_options(library, BuildOptions((shapes(1),), **options))
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+
+
+def test_turing_spoils_int8_for_all_and_is_refused_among_others(library: Library, tmp_path: Path) -> None:
+    paths = {quantized: tmp_path / f"{quantized}.onnx" for quantized in (True, False)}
+    for quantized, path in paths.items():
+        save_half_conv(path, quantized=quantized)
+    mixed = BuildOptions(({"x": (1, 32, 8, 8)},), ("sm75", "sm86"))
+    with pytest.raises(UsageError, match=r"--target sm75: it has no INT8 convolutions .* Build for it alone\."):
+        build(library, paths[True], mixed)
+    build(library, paths[False], mixed)
+    assert build(library, paths[True], replace(mixed, targets=("sm75",))).table.missed != ()
+
+
+def save_half_conv(path: Path, *, quantized: bool) -> None:
+    """A float16 convolution, with an INT8 weight and input or without."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    net (float16[batch,32,8,8] x) => (float16[batch,32,8,8] y) <int8 z = {0}> {
+        xq = QuantizeLinear(x, s, z)
+        xd = DequantizeLinear(xq, s, z)
+        wd = DequantizeLinear(w, s, z)
+        y = Conv<pads=[1,1,1,1]>(xd, wd)
+    }
+    """
+    model = parser.parse_model(text)
+    weight = np.random.default_rng(0).integers(-127, 128, (32, 32, 3, 3))
+    if not quantized:
+        del model.graph.node[:3]
+        model.graph.node[0].input[:] = ["x", "w"]
+    dtype = np.int8 if quantized else np.float16
+    model.graph.initializer.append(numpy_helper.from_array(weight.astype(dtype), "w"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float16(0.1), "s"))
+    onnx.save(model, path)
 
 
 def test_the_vendors_line_for_the_same_engine(library: Library) -> None:

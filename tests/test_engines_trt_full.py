@@ -136,13 +136,30 @@ def test_when_no_memory_suffices_the_node_is_named() -> None:
     assert [asked["builder_optimization_level"] for asked in fake.builds] == [1, 0, 0, 0]
 
 
+NO_WORKSPACE = (
+    "Error Code 10: Internal Error (Could not find any implementation for node conv due to insufficient workspace.)",
+)
+
+
 def test_a_workspace_that_is_too_small_is_not_made_smaller() -> None:
-    line = (
-        "Error Code 10: Internal Error (Could not find any implementation for node conv due to insufficient workspace.)"
-    )
-    fake = FakeTensorRT("10.3.0", [[line]])
+    fake = FakeTensorRT("10.3.0", [NO_WORKSPACE])
     with pytest.raises(BuildFailed, match=r"net\.onnx: conv: no kernel fits into the workspace\. Raise --workspace"):
         built(fake, workspace=1 << 20)
+
+
+def test_too_little_workspace_that_nobody_asked_for_is_too_little_memory() -> None:
+    fake = FakeTensorRT("10.3.0", [NO_WORKSPACE, NO_WORKSPACE, b"plan"])
+    assert built(fake).options.workspace == 2 << 30
+    with pytest.raises(BuildFailed, match=r"net\.onnx: conv: out of memory, with 1024 MiB of workspace and"):
+        built(FakeTensorRT("10.3.0", [NO_WORKSPACE] * 4))
+    fake = FakeTensorRT("10.3.0", [OUT_OF_MEMORY, NO_WORKSPACE, b"plan"])
+    assert built(fake, workspace=1 << 30).options.workspace == 256 << 20  # the second was not the user's own
+
+
+def test_memory_in_a_warning_is_no_reason_to_try_again() -> None:
+    lines = ["[W] Skipping a tactic: insufficient memory", "Error Code 4: Internal Error (types disagree)"]
+    with pytest.raises(BuildFailed, match="types disagree"):
+        built(FakeTensorRT("10.3.0", [lines, b"plan"]))
 
 
 def test_another_failure_is_its_first_error() -> None:
@@ -151,11 +168,13 @@ def test_another_failure_is_its_first_error() -> None:
         built(fake)
 
 
-def test_a_library_that_cannot_start_is_one_line() -> None:
-    fake = FakeTensorRT("10.3.0")
-    fake.Builder = lambda log: log.log(fake.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
-    with pytest.raises(BackendMissing, match=r"tensorrt: cannot start \(CUDA initialization failure with error: 35\)"):
-        built(fake)
+@pytest.mark.parametrize("name", ["Builder", "OnnxParser", "Runtime"])
+def test_a_library_that_cannot_start_is_one_line(name: str) -> None:
+    words = (
+        rf"^tensorrt: its {name} cannot start \(CUDA initialization failure with error: 35\)\. Check `nvidia-smi`\.$"
+    )
+    with pytest.raises(BackendMissing, match=words):
+        built(FakeTensorRT("10.3.0", broken=name))
 
 
 def test_the_timing_cache_is_kept_and_a_foreign_one_replaced(tmp_path: Path) -> None:

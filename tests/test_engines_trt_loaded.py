@@ -6,6 +6,7 @@ import gc
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,13 +42,11 @@ def arrays() -> DeviceArrays:
     return DeviceArrays(fake_cupy, GPU)
 
 
-def load(
-    arrays: DeviceArrays, blob: bytes, *, rtx: bool = False, cache: bytes | None = None
-) -> tuple[LoadedEngine, SimpleNamespace]:
+def load(arrays: DeviceArrays, blob: bytes, *, rtx: bool = False, **how: Any) -> tuple[LoadedEngine, SimpleNamespace]:
     """An engine, and the fake object behind it."""
     module = TensorRT("1.7.1", kind="tensorrt-rtx") if rtx else TensorRT("10.13.2")
     library = Library(module.kind, module, (1, 7, 1) if rtx else (10, 13, 2))
-    engine = LoadedEngine(library, arrays, blob, place=Path("net.engine"), cache=cache)
+    engine = LoadedEngine(library, arrays, blob, place=Path("net.engine"), **how)
     return engine, module.engines[0]
 
 
@@ -151,6 +150,23 @@ def test_plans_that_are_not_for_this_machine_are_refused(graph: Path, arrays: De
         message = str(refused.value)
         assert message.startswith("net.engine: tensorrt 10.13.2 on Fake GPU cannot load it (")
         assert message.endswith(". Run `qncd build` again here.") and "\n" not in message
+
+
+def test_an_engine_for_later_versions_may_run_host_code_and_no_other(graph: Path, arrays: DeviceArrays) -> None:
+    blob = plan(graph, [fixed(**SHAPES)], version_compatible=True)
+    load(arrays, blob, version_compatible=True)
+    with pytest.raises(EngineError, match="host code is not allowed"):
+        load(arrays, blob)
+
+
+def test_too_little_memory_to_load_it_is_no_fault_of_the_engine(graph: Path, arrays: DeviceArrays) -> None:
+    module = TensorRT("10.13.2")
+    module.memory_left = False
+    with pytest.raises(EngineError, match=r"net\.engine: not enough memory on Fake GPU to load it \(.*\)\. Use a") as e:
+        LoadedEngine(
+            Library("tensorrt", module, (10, 13, 2)), arrays, plan(graph, [fixed(**SHAPES)]), place=Path("net.engine")
+        )
+    assert "qncd build" not in str(e.value)
 
 
 def test_too_little_memory_is_one_line(graph: Path, arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch) -> None:

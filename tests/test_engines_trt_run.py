@@ -181,6 +181,29 @@ def test_what_tensorrt_for_rtx_compiled_is_kept_beside_the_engine(
     assert not cache.exists()
 
 
+def test_a_stored_engine_for_later_versions_is_loaded_as_one(network: Path, machine: Machine, tmp_path: Path) -> None:
+    path = machine.store(tmp_path / "net.engine", network, shapes(2), version_compatible=True)
+    with tensorrt(network) as engine:
+        engine.load_blob(path, source="graph")
+        assert engine(network_feeds())["out"].shape == (2, 8, 16, 16)
+
+
+def test_memory_is_given_back_even_if_the_device_failed(
+    network: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tensorrt(network)
+    engine.load_blob(machine.store(tmp_path / "net.engine", network, shapes(2)), source="graph")
+    held = engine._held[0].engine
+
+    def fail() -> None:
+        raise EngineError("GPU: failed.")
+
+    monkeypatch.setattr(machine.arrays, "wait", fail)
+    with pytest.raises(EngineError, match="GPU: failed"):
+        engine.close()
+    assert held._engine is None and engine._held == []
+
+
 def _read_only(path: Path) -> None:
     raise BundleError(f"{path}: cannot be written.")
 

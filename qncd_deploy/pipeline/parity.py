@@ -228,7 +228,7 @@ class Gate:
 
         def run(path: Path, watch: Sequence[str]) -> Mapping[str, np.ndarray]:
             plan = build(library, path, options, memory=arrays.device.memory, watch=watch).plan
-            engine = LoadedEngine(library, arrays, plan, place=path)
+            engine = LoadedEngine(library, arrays, plan, place=path, version_compatible=options.version_compatible)
             own = {name: arrays.put(feeds[name].astype(spec.dtype, copy=False)) for name, spec in engine.inputs.items()}
             results = {name: arrays.get(array) for name, array in engine(own).items()}
             engine.close()

@@ -28,10 +28,10 @@ from qncd_deploy.engines.trt.kernels import (
     layers_from_inspector,
     layers_from_log,
 )
-from qncd_deploy.engines.trt.library import Library, LogLine
+from qncd_deploy.engines.trt.library import Library, LogLine, out_of_memory
 from qncd_deploy.engines.trt.monitor import TICKS, Watched, in_worker
 from qncd_deploy.engines.trt.options import DEFAULT_LEVEL, HARDWARE, BuildOptions, Shapes, check_options
-from qncd_deploy.errors import BackendMissing, BuildFailed, BundleError, EngineError, first_line
+from qncd_deploy.errors import BuildFailed, BundleError, EngineError, UsageError, first_line
 from qncd_deploy.files import atomic_file, make_folder
 from qncd_deploy.specs import TensorSpec
 
@@ -63,14 +63,16 @@ def build(
     outputs, too;  on_progress: told steps done and in all, from threads of the builder's, one at a time; what it raises
     stops the build, and so does Ctrl-C.
 
-    Raises: UsageError for options that this library does not have;  EngineError for shapes that the graph does not
-    take;  BuildFailed, naming the node where the library does, if it refuses the graph or memory does not suffice.
+    Raises: UsageError for options that this library does not have, and for sm75 among the targets of an INT8 graph;
+    EngineError for shapes that the graph does not take;  BuildFailed, naming the node where the library does, if it
+    refuses the graph or memory does not suffice;  BackendMissing if it cannot start.
     """
     check_options(library, options)
     attempts = [options, *_smaller(options, memory)]
     for attempt in attempts:
         try:
-            return in_worker(partial(_build, library, path, attempt, watch, on_progress))
+            limited = attempt is options and options.workspace is not None
+            return in_worker(partial(_build, library, path, attempt, watch, on_progress, limited))
         except _OutOfMemory as exc:
             where = exc.node or "the network"
     workspace = "" if attempt.workspace is None else f"{attempt.workspace >> 20} MiB of workspace and "
@@ -124,12 +126,19 @@ def _build(
     options: BuildOptions,
     watch: Sequence[str],
     on_progress: Callable[[int, int], None] | None,
+    limited: bool,
     stopped: threading.Event,
 ) -> BuiltEngine:
     lines = list[LogLine]()
     logger = library.logger(lines)
     builder, network = _read(library, path, logger, lines)
     demands = demands_of(library, network)
+    mixed = len(options.targets) > 1 and "sm75" in options.targets
+    if mixed and any(product.planned for product in demands.products):
+        raise UsageError(
+            "--target sm75: it has no INT8 convolutions in TensorRT for RTX, and one engine for several targets would "
+            "lose them for all. Build for it alone."
+        )
     _mark(network, watch, path)
     config = builder.create_builder_config()
     _configure(library, config, options)
@@ -141,27 +150,25 @@ def _build(
     if watched.raised is not None:
         raise watched.raised
     if plan is None:
-        raise _failure(lines, path)
+        raise _failure(lines, path, limited=limited)
     if on_progress is not None:
         on_progress(TICKS, TICKS)
     if cache is not None and options.timing_cache is not None:
         _keep_timings(options.timing_cache, bytes(cache.serialize()))
     content = bytes(plan)
-    layers = layers_from_log(lines) if library.ahead_of_time else _inspected(library, content)
+    layers = layers_from_log(lines) if library.ahead_of_time else _inspected(library, content, options)
     return BuiltEngine(content, options, demands, kernel_table(demands, layers))
 
 
 def _read(library: Library, path: Path, logger: Any, lines: Sequence[LogLine]) -> tuple[Any, Any]:
     """A builder and the network that the parser made of a graph; types are the graph's, whatever the version."""
     trt = library.module
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise BackendMissing(f"{library.flavour}: cannot start ({_first_error(lines)}). Check `nvidia-smi`.")
+    builder = library.make("Builder", logger, lines=lines)
     flags = 0
     if library.uses("NetworkDefinitionCreationFlag.STRONGLY_TYPED"):
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, logger)
+    parser = library.make("OnnxParser", network, logger, lines=lines)
     if not parser.parse_from_file(str(path)):
         why = _first_error(lines)
         if parser.num_errors:
@@ -266,9 +273,10 @@ def _keep_timings(path: Path, content: bytes) -> None:
         log.info("%s: not written (%s), so the next build measures kernels again", path, exc)
 
 
-def _inspected(library: Library, plan: bytes) -> tuple[Layer, ...]:
+def _inspected(library: Library, plan: bytes, options: BuildOptions) -> tuple[Layer, ...]:
     trt, lines = library.module, list[LogLine]()
-    engine = trt.Runtime(library.logger(lines)).deserialize_cuda_engine(plan)
+    runtime = library.runtime(library.logger(lines), lines=lines, version_compatible=options.version_compatible)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildFailed(f"{library.flavour}: cannot load the engine that it built ({_first_error(lines)}).")
     return layers_from_inspector(
@@ -276,21 +284,25 @@ def _inspected(library: Library, plan: bytes) -> tuple[Layer, ...]:
     )
 
 
-def _failure(lines: Sequence[LogLine], path: Path) -> Exception:
-    text = "\n".join(line.text for line in lines if line.severity != "VERBOSE")
+def _failure(lines: Sequence[LogLine], path: Path, *, limited: bool) -> Exception:
+    """limited: the user said how much workspace there is. Else too little of it means too little memory: TensorRT then
+    takes what the GPU has.
+    """
+    errors = [line for line in lines if line.is_error]
+    text = "\n".join(line.text for line in errors)
     found = _NODE.search(text)
     node = None if found is None else found[1] or found[2]
-    if _NO_WORKSPACE.search(text):
+    short = _NO_WORKSPACE.search(text)
+    if short and limited:
         where = node or "the network"
         return BuildFailed(f"{path}: {where}: no kernel fits into the workspace. Raise --workspace, or leave it out.")
-    if _NO_MEMORY.search(text):
+    if short or out_of_memory(errors):
         return _OutOfMemory(node)
     return BuildFailed(f"{path}: TensorRT cannot build it ({_first_error(lines)}).")
 
 
 _NODE = re.compile(r"implementation for node (?:\{ForeignNode\[(.+?)\]\}|(\S+?))[.)]*(?:\s|$)")
 _NO_WORKSPACE = re.compile("insufficient workspace", re.IGNORECASE)
-_NO_MEMORY = re.compile("out ?of ?memory|insufficient memory|cuda(?:ErrorM| m)emory ?allocation", re.IGNORECASE)
 
 
 def _first_error(lines: Sequence[LogLine]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,7 +93,6 @@ API: Mapping[str, Mapping[str, Span]] = {
     "IBuilderConfig.set_compute_capability": _RTX,
     "IBuilderConfig.create_timing_cache": _FULL,  # a no-op in TensorRT for RTX
     "IBuilderConfig.set_timing_cache": _FULL,
-    "IBuilderConfig.get_timing_cache": _FULL,
     "IBuilderConfig.hardware_compatibility_level": _FULL,  # TensorRT for RTX names its targets instead
     "ITimingCache.serialize": _FULL,
     "IOptimizationProfile.set_shape": _BOTH,
@@ -101,10 +101,12 @@ API: Mapping[str, Mapping[str, Span]] = {
     "IProgressMonitor.phase_finish": _BOTH,
     "BuilderFlag.TF32": _BOTH,
     "BuilderFlag.VERSION_COMPATIBLE": _FULL,  # TensorRT for RTX lacks the lean library that it needs
+    "ComputeCapability.SM75": _RTX,
     "ComputeCapability.SM80": _RTX,
     "ComputeCapability.SM86": _RTX,
     "ComputeCapability.SM89": _RTX,
     "ComputeCapability.SM120": _RTX,
+    "ComputeCapability.SM121": _RTX,
     "HardwareCompatibilityLevel.AMPERE_PLUS": _FULL,
     "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY": {"tensorrt": Span((10, 10))},
     "MemoryPoolType.WORKSPACE": _BOTH,
@@ -116,6 +118,7 @@ API: Mapping[str, Mapping[str, Span]] = {
     "LayerInformationFormat.JSON": _BOTH,
     # loaded.py
     "Runtime.deserialize_cuda_engine": _BOTH,
+    "Runtime.engine_host_code_allowed": _FULL,
     "ICudaEngine.num_io_tensors": _BOTH,
     "ICudaEngine.num_optimization_profiles": _BOTH,
     "ICudaEngine.get_tensor_name": _BOTH,
@@ -123,7 +126,6 @@ API: Mapping[str, Mapping[str, Span]] = {
     "ICudaEngine.get_tensor_dtype": _BOTH,
     "ICudaEngine.get_tensor_shape": _BOTH,
     "ICudaEngine.get_tensor_profile_shape": _BOTH,
-    "ICudaEngine.device_memory_size_v2": _BOTH,
     "ICudaEngine.create_execution_context": _BOTH,
     "IExecutionContext.set_optimization_profile_async": _BOTH,
     "IExecutionContext.set_input_shape": _BOTH,
@@ -156,6 +158,10 @@ class LogLine:
     def is_error(self) -> bool:
         return self.severity in ("INTERNAL_ERROR", "ERROR")
 
+    @property
+    def is_complaint(self) -> bool:
+        return self.is_error or self.severity == "WARNING"
+
 
 @dataclass(frozen=True)
 class Library:
@@ -183,6 +189,30 @@ class Library:
     def lacking(self) -> tuple[str, ...]:
         """Names that API promises for this version and that the module does not have."""
         return tuple(name for name in API if self.uses(name) and not _resolves(self.module, name))
+
+    def make(self, name: str, *args: Any, lines: Sequence[LogLine]) -> Any:
+        """A Builder, OnnxParser or Runtime. lines: what its logger appends to.
+
+        Raises: BackendMissing, with what the library said last, if it cannot start: the bindings make a TypeError of a
+        null pointer.
+        """
+        try:
+            return getattr(self.module, name)(*args)
+        except TypeError as exc:
+            said = next((line.text for line in reversed(lines) if line.is_complaint), str(exc))
+            raise BackendMissing(
+                f"{self.flavour}: its {name} cannot start ({first_line(Exception(said))}). Check `nvidia-smi`."
+            ) from exc
+
+    def runtime(self, logger: Any, *, lines: Sequence[LogLine], version_compatible: bool) -> Any:
+        """A Runtime. version_compatible: of the engine that it is to load, which brings host code of its own to run.
+
+        Raises: BackendMissing as make does.
+        """
+        runtime = self.make("Runtime", logger, lines=lines)
+        if version_compatible:
+            runtime.engine_host_code_allowed = True
+        return runtime
 
     def logger(self, lines: list[LogLine]) -> Any:
         """A logger object of the library's that appends to `lines`."""
@@ -219,6 +249,14 @@ def open_library(flavour: Flavour) -> Library:
             f"{flavour}: version {library.version_text} lacks {', '.join(library.lacking[:3])}. {_remedy(flavour)}"
         )
     return library
+
+
+def out_of_memory(lines: Sequence[LogLine]) -> bool:
+    """Whether an error that was logged is one of memory."""
+    return any(line.is_error and _NO_MEMORY.search(line.text) for line in lines)
+
+
+_NO_MEMORY = re.compile("out ?of ?memory|insufficient memory|cuda(?:ErrorM| m)emory ?allocation", re.IGNORECASE)
 
 
 def _remedy(flavour: Flavour) -> str:

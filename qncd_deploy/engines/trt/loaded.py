@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.trt.cuda import DeviceArrays
-from qncd_deploy.engines.trt.library import Library, LogLine
+from qncd_deploy.engines.trt.library import Library, LogLine, out_of_memory
 from qncd_deploy.errors import EngineError
 from qncd_deploy.specs import Array, TensorSpec
 
@@ -45,20 +45,31 @@ class LoadedEngine:
     """An engine, from the bytes of its plan. inputs, outputs: its tensors, -1 being named as free dimensions are;
     bytes: size of the plan.
 
-    place: where the bytes came from, for messages;  cache: an earlier process's `compiled`.
+    place: where the bytes came from, for messages;  cache: an earlier process's `compiled`;  version_compatible: how
+    they were built.
 
-    Raises: EngineError if they are no plan, cut short, or for another version or GPU, or if memory does not suffice.
+    Raises: EngineError if they are no plan, cut short, or for another version or GPU, or if memory does not suffice;
+    BackendMissing if the library cannot start.
     """
 
     def __init__(
-        self, library: Library, arrays: DeviceArrays, plan: bytes, *, place: Path, cache: bytes | None = None
+        self,
+        library: Library,
+        arrays: DeviceArrays,
+        plan: bytes,
+        *,
+        place: Path,
+        cache: bytes | None = None,
+        version_compatible: bool = False,
     ) -> None:
         self._library, self._arrays, self._place = library, arrays, place
         self._lines: list[LogLine] = []
         # Logger and runtime are kept because an engine must not outlive them.
         self._logger = library.logger(self._lines)
-        self._runtime = library.module.Runtime(self._logger)
+        self._runtime = library.runtime(self._logger, lines=self._lines, version_compatible=version_compatible)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None and out_of_memory(self._lines):
+            raise self._too_large("load")
         if self._engine is None:
             raise EngineError(
                 f"{place}: {library.flavour} {library.version_text} on {arrays.device.name} cannot load it"
@@ -187,11 +198,14 @@ class LoadedEngine:
     def _context(self) -> Any:
         made = self._engine.create_execution_context(*(() if self._config is None else (self._config,)))
         if made is None:
-            raise EngineError(
-                f"{self._place}: not enough memory on {self._arrays.device.name} to run it{self._reason()}. Use a "
-                "smaller --batch-size, or close what else uses the GPU."
-            )
+            raise self._too_large("run")
         return made
+
+    def _too_large(self, what: str) -> EngineError:
+        return EngineError(
+            f"{self._place}: not enough memory on {self._arrays.device.name} to {what} it{self._reason()}. Use a "
+            "smaller --batch-size, or close what else uses the GPU."
+        )
 
     def _reason(self) -> str:
         """What the library complained about last, in parentheses."""

@@ -54,11 +54,6 @@ def check_options(library: Library, options: BuildOptions) -> None:
     if library.ahead_of_time and not options.targets:
         raise UsageError(f"--target: name the GPUs to build for, of {', '.join(TARGETS)}.")
     for target in options.targets:
-        if target == "sm75":
-            raise UsageError(
-                "--target sm75: it has no INT8 convolutions in TensorRT for RTX, and one engine for several targets "
-                "would lose them for all. Leave it out."
-            )
         if target not in TARGETS:
             raise UsageError(
                 f"--target {target}: tensorrt-rtx builds for {', '.join(TARGETS)}. For other GPUs use "

@@ -86,11 +86,14 @@ class TrtEngine(BaseEngine):
         assert facts.table is not None, "a stored engine was built"
         cache = path.with_suffix(".cache")
         known = cache.read_bytes() if cache.is_file() else None
-        self._use(_Held(LoadedEngine(self._library, self.arrays, plan, place=path, cache=known), facts.table, cache))
+        engine = LoadedEngine(
+            self._library, self.arrays, plan, place=path, cache=known, version_compatible=facts.version_compatible
+        )
+        self._use(_Held(engine, facts.table, cache))
 
     def use(self, built: BuiltEngine, *, place: Path) -> None:
         """Use an engine that is stored nowhere yet. place: for messages. Raises EngineError as load_blob does."""
-        self._use(_Held(LoadedEngine(self._library, self.arrays, built.plan, place=place), built.table))
+        self._use(_Held(self._load(built, place), built.table))
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         engine = self._holding({name: tuple(array.shape) for name, array in feeds.items()}).engine
@@ -99,11 +102,14 @@ class TrtEngine(BaseEngine):
         return results if there else {name: self.arrays.get(array) for name, array in results.items()}
 
     def _close(self) -> None:
-        self.arrays.wait()  # memory must not be given back while it is in use
-        for held in self._held:
-            _keep_compiled(held)
-            held.engine.close()
-        self._held.clear()
+        try:
+            self.arrays.wait()  # memory must not be given back while it is in use
+            for held in self._held:
+                _keep_compiled(held)
+        finally:
+            for held in self._held:
+                held.engine.close()
+            self._held.clear()
 
     def _holding(self, shapes: Mapping[str, tuple[int, ...]]) -> _Held:
         """The first engine that takes these input shapes; without any stored one, it is built."""
@@ -123,8 +129,17 @@ class TrtEngine(BaseEngine):
         built = build(
             self._library, self.path, BuildOptions(profiles=(dict(shapes),), targets=targets), memory=device.memory
         )
-        self._held.append(_Held(LoadedEngine(self._library, self.arrays, built.plan, place=self.path), built.table))
+        self._held.append(_Held(self._load(built, self.path), built.table))
         return self._held[-1]
+
+    def _load(self, built: BuiltEngine, place: Path) -> LoadedEngine:
+        return LoadedEngine(
+            self._library,
+            self.arrays,
+            built.plan,
+            place=place,
+            version_compatible=built.options.version_compatible,
+        )
 
     def _use(self, held: _Held) -> None:
         """From now on nothing is built. The sizes of a single engine that takes but one are what the inputs say, so
