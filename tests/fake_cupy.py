@@ -225,18 +225,20 @@ def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
     return ndarray(MEMORY.allocate(shape, dtype))
 
 
-def asarray(array: Any) -> ndarray:
+def asarray(array: Any, order: str | None = None) -> ndarray:
     """Through staging memory of its own, so the caller may change `array` at once."""
     if isinstance(array, ndarray):
-        return array
+        return array if order != "C" or array.memory.flags.c_contiguous else array.copy()
     staged = np.array(array)
     arrived = empty(staged.shape, staged.dtype)
     Stream.current.put(lambda: np.copyto(arrived.memory, staged))
     return arrived
 
 
-def ascontiguousarray(array: ndarray) -> ndarray:
-    return array if array.memory.flags.c_contiguous else array.copy()
+def ascontiguousarray(array: Any) -> ndarray:
+    """At least one dimension, as NumPy's."""
+    there = asarray(array, order="C")
+    return there if there.ndim else there.reshape(1)
 
 
 def asnumpy(array: ndarray) -> np.ndarray:

@@ -40,6 +40,12 @@ def test_a_round_trip_through_the_device(arrays: DeviceArrays) -> None:
     np.testing.assert_array_equal(arrays.get(array), array)
 
 
+def test_scalars_stay_scalars(arrays: DeviceArrays) -> None:
+    there = arrays.put(np.float32(3))
+    assert there.shape == () and arrays.put(there) is there
+    assert arrays.get(there) == 3
+
+
 def test_the_host_may_change_what_it_put(arrays: DeviceArrays) -> None:
     host = numbers(3)
     there = arrays.put(host)

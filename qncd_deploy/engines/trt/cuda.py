@@ -83,7 +83,7 @@ class DeviceArrays:
         be changed afterwards. Raises EngineError if memory does not suffice.
         """
         with self._refusals():
-            return self._cupy.ascontiguousarray(self._cupy.asarray(array))
+            return self._cupy.asarray(array, order="C")  # ascontiguousarray makes a scalar an array of one
 
     def get(self, array: Array | np.ndarray) -> np.ndarray:
         """A copy on the host, once all that was queued before is done. Raises EngineError if any of it failed."""
