@@ -242,3 +242,37 @@ def test_an_odd_size_works(checkpoint: Path, tmp_path: Path, shelves: tuple[obje
     assert qncd("sample", tmp_path / "export/tiny-w8a8", "-n", 1, "-o", out).code == 0
     with np.load(out) as found:
         assert found["latents"].shape == (1, 3, 7, 7)
+
+
+def test_fp16_quantizes_nothing_and_is_the_baseline(own_graph: Export, calibration: Path, tmp_path: Path) -> None:
+    import onnx
+
+    done = qncd(
+        *("export", own_graph.source, "--format", "fp16", "--calib-data", calibration, "--name", "own"),
+        *("--onnx-dir", tmp_path, "--calib-dir", tmp_path),
+    )
+    assert done.code == 0, done.err
+    folder = tmp_path / "own-fp16"
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    assert plan["format"] == "fp16"
+    assert {layer["reason"] for layer in plan["layers"]} == {"format fp16"}
+    assert not any(layer["weight_bits"] for layer in plan["layers"])
+    half = onnx.load(folder / "unet-trt.onnx")
+    types = {tensor.data_type for tensor in half.graph.initializer if len(tensor.dims) == 4}
+    assert types == {onnx.TensorProto.FLOAT16}
+
+
+def test_fewer_bits_are_fewer_levels_in_eight(own_graph: Export, calibration: Path, tmp_path: Path) -> None:
+    import onnx
+
+    done = qncd(
+        *("export", own_graph.source, "--format", "w4a6", "--calib-data", calibration, "--name", "own"),
+        *("--onnx-dir", tmp_path, "--calib-dir", tmp_path, "--smooth", "off"),
+    )
+    assert done.code == 0, done.err
+    plan = json.loads((tmp_path / "own-w4a6" / "plan.json").read_text(encoding="utf-8"))
+    assert {(layer["weight_bits"], layer["act_bits"]) for layer in plan["layers"]} <= {(4, 6), (None, None)}
+    graph = onnx.load(tmp_path / "own-w4a6" / "unet.onnx").graph
+    weights = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith("_q")]
+    assert weights and min(w.min() for w in weights) >= -8 and max(w.max() for w in weights) <= 7
+    assert sum(node.op_type == "Clip" for node in graph.node) == sum(n.op_type == "QuantizeLinear" for n in graph.node)

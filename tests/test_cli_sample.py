@@ -132,7 +132,8 @@ def test_what_fit_writes_is_what_sample_then_takes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     way = ("--n-steps", 12, "--backend", "onnxruntime")
-    done = qncd("fit", bundle, *way, "--json")
+    few = ("--fit-size", 4)
+    done = qncd("fit", bundle, *way, *few, "--json")
     assert done.code == 0, done.err
     facts = json.loads(done.out)
     assert Path(facts["output"]) == Path("engines/tiny-w8a8/corrections-onnxruntime-f32.npz")
@@ -142,7 +143,7 @@ def test_what_fit_writes_is_what_sample_then_takes(
         assert used["correction"] == method
         assert used["network_calls"] == 12 + used["extra_calls"] and used["extra_calls"] == 1
     before = contents(tmp_path / "engines")
-    assert qncd("fit", bundle, *way).code == 0
+    assert qncd("fit", bundle, *way, *few).code == 0
     assert contents(tmp_path / "engines") == before
     other = qncd("sample", bundle, "-n", 1, "--n-steps", 12, "--backend", "openvino", "--correction", "qncd")
     assert other.code == 1 and "--backend openvino" in other.line

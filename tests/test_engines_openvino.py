@@ -143,6 +143,7 @@ def test_ctrl_c_is_no_crash_after_two_engines_were_closed_in_turn(graph: Path) -
 import os, signal, sys
 from pathlib import Path
 from qncd_deploy.engines.base import open_engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit a deaf one
 first, second = (open_engine("openvino", Path(sys.argv[1])) for _ in range(2))
 shapes = eval(sys.argv[2])
 for engine in (first, second):

@@ -116,7 +116,7 @@ def test_a_pattern_that_matches_nothing_is_refused(option: str) -> None:
     [
         ({"weight_bits": 3}, "weights of 3 bits, expected 4 to 8"),
         ({"act_bits": 16}, "activations of 16 bits"),
-        ({"quant_level": 4}, "quant level: 4, expected one of 1, 2, 2.5, 3"),
+        ({"quant_level": 4}, "quant level: 4, expected one of 0, 1, 2, 2.5, 3"),
         ({"weight_method": "max"}, "expected one of minmax, mse, lp2.4"),
         ({"act_method": "kl"}, "expected one of minmax, percentile, mse"),
         ({"percentile": 0.9}, "percentile: 0.9, expected 50 to 100"),
