@@ -20,7 +20,7 @@ from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, StepFix, fixed_steps
 from qncd_deploy.correct.rules import check
 from qncd_deploy.engines.base import BaseEngine, Kernel
-from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_shapes
+from qncd_deploy.engines.eps_model import EngineModel, group_rows, in_groups, input_roles, input_shapes, row_sizes
 from qncd_deploy.errors import Diverged, LabelError, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
@@ -171,7 +171,8 @@ class Sampler:
     ) -> EpsModel:
         """The network as the loop calls it for these pictures: labels and guidance inside, no correction.
 
-        batch_size: rows are filled up to it, so that batches of several sizes need the engine compiled for one.
+        batch_size: rows are filled up to it, so that batches of several sizes need the engine compiled for one;  those
+        that the engine was compiled for win.
         arrays: where the states that it is called with live, None for NumPy's.
         """
         arrays = arrays or HostArrays()
@@ -204,7 +205,7 @@ class Sampler:
             return latents if latents.shape[1] in (1, 3) else None
         (spec,) = decoder.inputs.values()
         output = next(iter(decoder.outputs))
-        rows = fixed_rows(spec) or batch_size or min(self.batch_size, len(latents))
+        rows = row_sizes(decoder, spec, batch_size or min(self.batch_size, len(latents)))
         return in_groups(lambda group: decoder({spec.name: group})[output], [latents], rows=rows)
 
     def kernels(self) -> tuple[Kernel, ...]:
@@ -252,10 +253,11 @@ class Sampler:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Input shapes of the network for a full batch."""
-        embedding = self.network.embedding
+        embedding, unet = self.network.embedding, self.network.unet
+        rows = self._rows(self.batch_size)
         return input_shapes(
-            self.network.unet.inputs,
-            rows=self._rows(self.batch_size),
+            unet.inputs,
+            rows=group_rows(rows, row_sizes(unet, input_roles(unet.inputs).sample, rows)),
             state=self.network.facts.latent_shape,
             tokens=() if embedding is None else embedding.shape[1:],
         )

@@ -88,12 +88,19 @@ class Engine(Protocol):
     """Named arrays in, named arrays out. Whoever opens an engine closes it; its outputs belong to the caller.
 
     arrays: where it computes. Fed NumPy arrays alone, an engine returns them; fed any array of its own, it returns
-    its own.
+    its own.  row_sizes: numbers of rows that it takes, rising; () for any.
     """
 
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
     arrays: Arrays
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]: ...
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 

@@ -176,6 +176,7 @@ class Context:
         self.enqueued = 0
         self.fails = False
         self.capturable = True
+        self.seen: set[int] = set()
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream in fake_cupy.Stream.by_handle
@@ -207,6 +208,7 @@ class Context:
             self.engine.log.log(Severity.ERROR, "enqueueV3: Error Code 1: Cask (kernel launch failed)")
             return False
         self.enqueued += 1
+        self.seen |= {max(self.shapes.values(), key=len)[0]}
         queue.put(self._run)
         if self.config is not None and self.config.cache is not None:
             self.config.cache.filled = True
@@ -275,6 +277,7 @@ class Machine:
     """A GPU and a TensorRT; its builder takes any graph that ONNX Runtime takes.
 
     builds: the shapes of every engine that was built, in order;  watched: the inner tensors that were asked for;
+    read: the graphs whose inputs and outputs a builder was asked for;
     tamper: changes what is built of unet-trt.onnx, as a builder with a fault would.
     """
 
@@ -285,6 +288,7 @@ class Machine:
         self.arrays = DeviceArrays(fake_cupy, GPU)
         self.builds: list[Mapping[str, tuple[int, ...]]] = []
         self.watched: list[Sequence[str]] = []
+        self.read: list[Path] = []
         self.tamper: Callable[[onnx.ModelProto], None] | None = None
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -294,6 +298,7 @@ class Machine:
         return self.arrays._stream.waits
 
     def graph_specs(self, library: Library, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        self.read.append(path)
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         inputs, outputs = (
             [TensorSpec(node.name, NUMPY[DTYPES[node.type]], tuple(node.shape)) for node in nodes]

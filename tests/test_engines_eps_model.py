@@ -144,5 +144,19 @@ def test_groups_are_filled_with_rows_that_never_come_back() -> None:
         seen.append((a.tolist(), b.tolist()))
         return a + b
 
-    np.testing.assert_array_equal(in_groups(run, [np.arange(5), np.ones(5)], rows=3), np.arange(5) + 1)
+    np.testing.assert_array_equal(in_groups(run, [np.arange(5), np.ones(5)], rows=[3]), np.arange(5) + 1)
     assert seen == [([0, 1, 2], [1, 1, 1]), ([3, 4, 4], [1, 1, 1])]
+
+
+@pytest.mark.parametrize(
+    ("n", "groups"), [(1, [1]), (2, [4]), (4, [4]), (5, [16]), (16, [16]), (17, [16, 1]), (35, [16, 16, 4])]
+)
+def test_groups_of_several_sizes_are_the_smallest_that_takes_what_is_left(n: int, groups: list[int]) -> None:
+    seen = []
+
+    def run(x: np.ndarray) -> np.ndarray:
+        seen.append(len(x))
+        return 2 * x
+
+    np.testing.assert_array_equal(in_groups(run, [np.arange(n)], rows=[1, 4, 16]), 2 * np.arange(n))
+    assert seen == groups

@@ -143,7 +143,7 @@ def test_stored_engines_are_used_and_nothing_is_built(network: Path, machine: Ma
         assert [engine.compiled_bytes(shapes(rows)) for rows in (2, 6)] == [path.stat().st_size for path in paths]
         with pytest.raises(EngineError) as refused:
             engine(network_feeds(3))
-    assert machine.builds == []
+    assert machine.builds == [] and machine.read == []  # neither takes a builder
     assert str(refused.value) == (
         f"{network}: the engines built for it take x 2x8x16x16, t 2, c 2x1x12; or x 4x8x16x16, t 4, c 4x1x12; or "
         "x 6x8x16x16, t 6, c 6x1x12; x 3x8x16x16, t 3, c 3x1x12 was asked for. Build one for that batch size, too, "
@@ -218,6 +218,34 @@ def test_batches_of_any_size_are_cut_to_the_one_engine_there_is(
         found = EngineModel.of(engine, rows=16)(x, 951.0, labels)
         np.testing.assert_array_equal(found, EngineModel.of(host, rows=2)(x, 951.0, labels))
     assert machine.builds == []
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    ("n", "scale", "rows"), [(5, 1.0, [16]), (17, 1.0, [16, 1]), (5, 2.5, [32]), (17, 2.5, [32, 2])]
+)
+def test_batches_are_filled_up_to_a_size_that_was_built(
+    n: int, scale: float, rows: list[int], together: bool, graphs: tuple[Path, Path], machine: Machine, tmp_path: Path
+) -> None:
+    """Engines of 1 and of 16 pictures, in one file and in two."""
+    unet, decoder = graphs
+    per = 1 if scale == 1 else 2
+    made = sampler("tensorrt", graphs, scale=scale, batch_size=16)
+    for engine, graph, factor in ((made.network.unet, unet, per), (made.network.decoder, decoder, 1)):
+        names = {"latents"} if graph is decoder else {"x", "t", "labels"}
+        profiles = [
+            {name: (factor * size, *(SHAPE if name in ("x", "latents") else ())) for name in names} for size in (1, 16)
+        ]
+        for index, group in enumerate([profiles] if together else [[profile] for profile in profiles]):
+            engine.load_blob(machine.store(tmp_path / f"{graph.stem}{index}.engine", graph, *group), source="graph")
+        assert engine.row_sizes == (factor, 16 * factor)
+    found = made.sample(n, seed=7)
+    host = sampler("onnxruntime", graphs, scale=scale, batch_size=16).sample(n, seed=7)
+    np.testing.assert_allclose(found.latents, host.latents, rtol=0, atol=1e-4)  # over nine steps
+    assert np.abs(found.images.astype(int) - host.images).max() <= 1
+    asked = {size for engine in machine.module.engines for context in engine.contexts for size in context.seen}
+    assert asked == {*rows, *(size // per for size in rows)}
+    assert made.kernels() != () and made.compiled_bytes() is not None
 
 
 def test_a_stopwatch_waits_until_the_results_are_there(network: Path, machine: Machine) -> None:

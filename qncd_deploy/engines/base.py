@@ -148,10 +148,22 @@ class BaseEngine(ABC):
     ) -> None:
         self.engine_id = engine_id
         self.path = path
-        self.inputs = inputs
-        self.outputs = outputs
+        self._tensors = (inputs, outputs)
         self.arrays: Arrays = HostArrays()
         self._closed = False
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._tensors[0]
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self._tensors[1]
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """As specs.Engine's."""
+        return ()
 
     @classmethod
     def library_version(cls, backend: Backend) -> str | None:

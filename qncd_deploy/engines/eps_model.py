@@ -2,7 +2,7 @@
 rows.
 
 Rows are fed in groups of one fixed size, the last group filled up by repeating a row, so that an engine compiled for
-static shapes meets one shape only.
+static shapes meets one shape only; or, where it was compiled for several, those shapes only.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def input_shapes(
 
 @dataclass(frozen=True)
 class EngineModel:
-    """An engine as model(x, t, cond), called with `rows` rows at a time.
+    """An engine as model(x, t, cond), called with as many rows at a time as `rows` has, as in_groups says.
 
     x (N, C, H, W) float32;  cond: one row of the condition per row of x, or None;  returns the raw output, as x.
     The timestep is given the shape and dtype that the graph asks for, the state and the condition their dtypes.
@@ -83,13 +83,13 @@ class EngineModel:
 
     engine: Engine
     roles: InputRoles
-    rows: int
+    rows: tuple[int, ...]
 
     @classmethod
     def of(cls, engine: Engine, *, rows: int) -> EngineModel:
-        """A batch size fixed in the graph wins over `rows`. Raises EngineError as input_roles does."""
+        """Batch sizes that the engine was compiled for win over `rows`. Raises EngineError as input_roles does."""
         roles = input_roles(engine.inputs)
-        return cls(engine, roles, fixed_rows(roles.sample) or rows)
+        return cls(engine, roles, row_sizes(engine, roles.sample, rows))
 
     def __call__(self, x: np.ndarray, t: float, cond: np.ndarray | None) -> np.ndarray:
         specs, arrays = [self.roles.sample], [x]
@@ -107,34 +107,53 @@ class EngineModel:
 
         def run(*group: np.ndarray) -> np.ndarray:
             named = {spec.name: part.astype(spec.dtype, copy=False) for spec, part in zip(specs, group, strict=True)}
-            raw: np.ndarray = self.engine({**named, **time})[output]
+            raw: np.ndarray = self.engine({**named, **time(len(group[0]))})[output]
             return raw.astype(np.float32, copy=False)
 
         return in_groups(run, arrays, rows=self.rows)
 
-    def _time(self, t: float) -> dict[str, np.ndarray]:
+    def _time(self, t: float) -> Callable[[int], dict[str, np.ndarray]]:
+        """The feed of the timestep for a number of rows."""
         spec = self.roles.timestep
         if spec is None:
-            return {}
+            return lambda rows: {}
+        name, dtype, shape = spec.name, spec.dtype, spec.shape
         if not spec.dtype.startswith("float") and t != int(t):
             raise EngineError(
                 f"input {spec.name!r} takes whole timesteps, the schedule visits {t:g}. Use another --scheduler."
             )
-        shape = tuple(self.rows if isinstance(size, str) else size for size in spec.shape)
-        return {spec.name: np.full(shape, t, dtype=spec.dtype)}
+        return lambda rows: {name: np.full([rows if isinstance(size, str) else size for size in shape], t, dtype=dtype)}
 
 
-def in_groups(run: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], *, rows: int) -> np.ndarray:
-    """run(*arrays) with `rows` rows at a time; the last group repeats its last row to be full. Arrays share axis 0."""
-    total = len(arrays[0])
+def in_groups(run: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], *, rows: Sequence[int]) -> np.ndarray:
+    """run(*arrays) with one of the numbers in `rows`, which rise, of rows at a time: see group_rows. A group with fewer
+    repeats its last row to be full. Arrays share axis 0.
+    """
+    start, total = 0, len(arrays[0])
     results = []
-    for start in range(0, total, rows):
-        group = [array[start : start + rows] for array in arrays]
-        missing = rows - len(group[0])
-        if missing:
-            group = [np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) for part in group]
-        results.append(run(*group)[: rows - missing])
+    while start < total:
+        size = group_rows(total - start, rows)
+        group = [array[start : start + size] for array in arrays]
+        held = len(group[0])
+        if held < size:
+            group = [np.concatenate([part, np.repeat(part[-1:], size - held, axis=0)]) for part in group]
+        results.append(run(*group)[:held])
+        start += held
     return results[0] if len(results) == 1 else np.concatenate(results)
+
+
+def group_rows(left: int, sizes: Sequence[int]) -> int:
+    """Rows to run next: the smallest of the sizes, which rise, that takes all that are left; or the largest."""
+    return next((size for size in sizes if size >= left), sizes[-1])
+
+
+def row_sizes(engine: Engine, spec: TensorSpec, rows: int) -> tuple[int, ...]:
+    """The numbers of rows to feed an engine with at a time, rising: those it was compiled for, or else `rows`.
+
+    spec: the input that has them.
+    """
+    fixed = fixed_rows(spec)
+    return engine.row_sizes or ((fixed or rows),)
 
 
 def fixed_rows(spec: TensorSpec) -> int | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from qncd_deploy.engines.base import BaseEngine, open_engine
-from qncd_deploy.engines.eps_model import fixed_rows, in_groups
+from qncd_deploy.engines.eps_model import in_groups, row_sizes
 from qncd_deploy.errors import BundleError
 from qncd_deploy.evaluate.metrics import Moments
 from qncd_deploy.files import load_npz
@@ -79,7 +79,8 @@ class FeatureNetwork:
             widths[:] = [part.shape[1] for part in parts]
             return np.concatenate(parts, axis=1)
 
-        joined = in_groups(run, [images], rows=fixed_rows(self._input) or min(_ROWS, len(images)))
+        rows = row_sizes(self._engine, self._input, min(_ROWS, len(images)))
+        joined = in_groups(run, [images], rows=rows)
         if not np.isfinite(joined).all():
             raise BundleError(
                 f"{self._engine.path}: returns features that are not finite. Use another feature network."

@@ -14,7 +14,7 @@ import numpy as np
 
 from qncd_deploy.calib.trajectories import load_user_npz
 from qncd_deploy.engines.base import BaseEngine, Remainder, default_backend, find_backend, open_engine
-from qncd_deploy.engines.eps_model import fixed_rows, in_groups
+from qncd_deploy.engines.eps_model import in_groups, row_sizes
 from qncd_deploy.errors import EngineError
 from qncd_deploy.evaluate.metrics import Estimate, bootstrap, decibels, row_power
 from qncd_deploy.runtime import Bundle
@@ -85,11 +85,11 @@ def _outputs(engine: BaseEngine, arrays: Mapping[str, np.ndarray]) -> np.ndarray
     names, first = list(engine.inputs), next(iter(engine.inputs.values()))
     output = next(iter(engine.outputs))
     largest = max(array[0].size for array in arrays.values())
-    group = fixed_rows(first) or int(np.clip(_NUMBERS // max(largest, 1), 1, min(_ROWS, len(arrays[names[0]]))))
+    rows = int(np.clip(_NUMBERS // max(largest, 1), 1, min(_ROWS, len(arrays[names[0]]))))
     found = in_groups(
         lambda *parts: engine(dict(zip(names, parts, strict=True)))[output],
         [arrays[name] for name in names],
-        rows=group,
+        rows=row_sizes(engine, first, rows),
     )
     if not np.isfinite(found).all():
         raise EngineError(f"{engine.path}: {engine.engine_id} returns values that are not finite on these inputs.")

@@ -87,6 +87,12 @@ class LoadedEngine:
                 return index
         return None
 
+    def row_sizes(self) -> set[int]:
+        """The most rows that each profile takes: those of the input with most axes, none if it has none."""
+        state = max(self.inputs, key=lambda name: len(self.inputs[name].shape))
+        highest = (self._range(state, index)[1] for index in range(self._engine.num_optimization_profiles))
+        return {shape[0] for shape in highest if shape}
+
     def sizes(self) -> str:
         """The input shapes that it takes, in words."""
         profiles = []

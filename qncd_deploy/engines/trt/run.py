@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +24,7 @@ from qncd_deploy.engines.trt.options import BuildOptions
 from qncd_deploy.engines.trt.store import load_engine
 from qncd_deploy.errors import BundleError, EngineError
 from qncd_deploy.files import atomic_file
-from qncd_deploy.specs import Array
+from qncd_deploy.specs import Array, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,25 @@ class TrtEngine(BaseEngine):
             raise EngineError(f"{engine_id}: runs on the GPU, where --threads {threads} means nothing. Leave it out.")
         (flavour,) = (name for name in get_args(Flavour) if engine_id == f"{name}-{remainder}")
         self._library = open_library(flavour)
-        arrays = self.open_arrays()
-        inputs, outputs = graph_specs(self._library, path)
-        super().__init__(engine_id, path, inputs, outputs)
-        self.arrays = arrays
-        self._graph_inputs = inputs
+        super().__init__(engine_id, path, {}, {})  # asked for when needed: reading the graph takes a builder
+        self.arrays = self.open_arrays()
         self._held: list[_Held] = []
         self._fixed = False
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Raises BuildFailed if nothing is stored and the library does not read the graph."""
+        return self._known()[0]
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Raises as inputs does."""
+        return self._known()[1]
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Those of the stored engines; () where what is missing is built."""
+        return tuple(sorted(set().union(*(held.engine.row_sizes() for held in self._held)))) if self._fixed else ()
 
     @classmethod
     def library_version(cls, backend: Backend) -> str | None:
@@ -142,15 +155,32 @@ class TrtEngine(BaseEngine):
         )
 
     def _use(self, held: _Held) -> None:
-        """From now on nothing is built. The sizes of a single engine that takes but one are what the inputs say, so
-        that batches of any size are cut to it.
-        """
+        """From now on nothing is built."""
+        (inputs, outputs), engine = self._tensors, held.engine
+        self._tensors = (
+            (_either(inputs, engine.inputs), _either(outputs, engine.outputs))
+            if self._fixed
+            else (engine.inputs, engine.outputs)
+        )
         self._held.append(held)
         self._fixed = True
-        alone = self._held[0].engine if len(self._held) == 1 else None
-        self.inputs = {
-            name: alone.inputs[name] if alone is not None else spec for name, spec in self._graph_inputs.items()
-        }
+
+    def _known(self) -> tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]:
+        if self._tensors == ({}, {}):
+            self._tensors = graph_specs(self._library, self.path)
+        return self._tensors
+
+
+def _either(some: Mapping[str, TensorSpec], others: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """What two engines of one graph take: sizes in which they differ are free."""
+
+    def size(axis: int, a: int | str, b: int | str) -> int | str:
+        return a if a == b else f"dim{axis}" if axis else "batch"
+
+    return {
+        name: replace(spec, shape=tuple(map(size, count(), spec.shape, others[name].shape)))
+        for name, spec in some.items()
+    }
 
 
 def _keep_compiled(held: _Held) -> None:
