@@ -59,6 +59,11 @@ class GateFailed(QncdError):
     """A --require-* gate was not met: exit code 3."""
 
 
+def install_line(extra: str) -> str:
+    """How to get an optional part, for a message: the package is on no index, so from the checkout."""
+    return f'pip install ".[{extra}]" in the checkout'
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's message that says something, without its full stop, for a message of ours."""
     lines = (line.strip() for line in str(error).splitlines())

@@ -165,7 +165,7 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(
     with pytest.raises(
         BackendMissing,
         match=r"openvino: not usable on this machine \(No module named 'it'\)\. "
-        r"Install it: pip install 'qncd-deploy\[cpu\]'$",
+        r'Install it: pip install "\.\[cpu\]" in the checkout$',
     ):
         open_engine("openvino", graphs / "float.onnx")
     assert default_backend() == "onnxruntime"

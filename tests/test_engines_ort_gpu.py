@@ -251,7 +251,9 @@ def test_the_plugin_is_found_registered_once_and_asked_for_its_gpus(monkeypatch:
         monkeypatch.setattr(ort_gpu.importlib, "import_module", load)
 
     importing(ModuleNotFoundError("No module named 'onnxruntime_ep_nv_tensorrt_rtx'"))
-    with pytest.raises(BackendMissing, match=r"not installed\. Install it: pip install onnxruntime-ep-nv-tensorrt-rtx"):
+    with pytest.raises(
+        BackendMissing, match=r'installed\. Install it: pip install "onnxruntime>=1\.24" onnxruntime-ep'
+    ):
         find()
     importing(plugin)
     with pytest.raises(BackendMissing, match=r"its plugin cannot be loaded \(.*plugin\.so"):

@@ -108,7 +108,7 @@ def test_what_is_missing_is_one_line(module: Any, words: str, monkeypatch: pytes
     with pytest.raises(BackendMissing) as caught:
         open_library("tensorrt")
     assert str(caught.value).startswith(f"tensorrt: {words}") and "\n" not in str(caught.value)
-    assert "qncd-deploy[tensorrt]" in str(caught.value)
+    assert 'pip install ".[tensorrt]" in the checkout' in str(caught.value)
 
 
 def test_on_a_jetson_it_is_jetpack_that_brings_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_on_a_jetson_it_is_jetpack_that_brings_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     monkeypatch.setattr(libraries, "JETSON", tmp_path)
     if open_is_missing("tensorrt"):
-        with pytest.raises(BackendMissing, match=r"--system-site-packages`, then pip install 'qncd-deploy\[jetson\]'"):
+        with pytest.raises(BackendMissing, match=r'site-packages`, then pip install "\.\[jetson\]" in the checkout\.'):
             open_library("tensorrt")
 
 

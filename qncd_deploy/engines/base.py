@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qncd_deploy.errors import BackendMissing, EngineError, first_line
+from qncd_deploy.errors import BackendMissing, EngineError, first_line, install_line
 from qncd_deploy.specs import Array, Arrays, HostArrays, TensorSpec
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ BACKENDS: Mapping[str, Backend] = {
             "qncd_deploy.engines.openvino",
             "OpenVINOEngine",
             package="openvino",
-            install="pip install 'qncd-deploy[cpu]'",
+            install=install_line("cpu"),
             roles={"f32": "master", "bf16": "master"},
         ),
         Backend(
@@ -64,7 +64,7 @@ BACKENDS: Mapping[str, Backend] = {
             "qncd_deploy.engines.ort",
             "OrtEngine",
             package="onnxruntime",
-            install="pip install 'qncd-deploy[cpu]'",
+            install=install_line("cpu"),
             roles={"f32": "ort"},
         ),
         Backend(
@@ -72,7 +72,7 @@ BACKENDS: Mapping[str, Backend] = {
             "qncd_deploy.engines.torch_ref",
             "TorchEngine",
             package="torch",
-            install="pip install 'qncd-deploy[export]'",
+            install=install_line("export"),
             roles={"f32": "master"},
         ),
         Backend(
@@ -80,7 +80,7 @@ BACKENDS: Mapping[str, Backend] = {
             "qncd_deploy.engines.trt.run",
             "TrtEngine",
             package="tensorrt",
-            install="pip install 'qncd-deploy[tensorrt]'",
+            install=install_line("tensorrt"),
             roles={"f16": "trt", "f32": "master"},
             device="gpu",
         ),
@@ -89,7 +89,7 @@ BACKENDS: Mapping[str, Backend] = {
             "qncd_deploy.engines.trt.run",
             "TrtEngine",
             package="tensorrt-rtx",
-            install="pip install 'qncd-deploy[rtx]'",
+            install=install_line("rtx"),
             roles={"f16": "trt", "f32": "master"},
             device="gpu",
         ),
@@ -99,11 +99,15 @@ BACKENDS: Mapping[str, Backend] = {
                 "qncd_deploy.engines.ort_gpu",
                 "OrtGpuEngine",
                 package="onnxruntime",
-                install="pip install 'qncd-deploy[gpu]' in place of onnxruntime",
+                install=install,
                 roles={"f16": "trt", "f32": "master"},
                 device="gpu",
             )
-            for name in ("onnxruntime-tensorrt", "onnxruntime-rtx", "onnxruntime-cuda")
+            for name, install in (
+                ("onnxruntime-tensorrt", f"{install_line('gpu')}, in place of onnxruntime"),
+                ("onnxruntime-rtx", 'pip install "onnxruntime>=1.24" onnxruntime-ep-nv-tensorrt-rtx'),
+                ("onnxruntime-cuda", f"{install_line('gpu')}, in place of onnxruntime"),
+            )
         ),
     )
 }

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qncd_deploy.engines.base import Backend, Remainder
+from qncd_deploy.engines.base import Backend, Remainder, find_backend
 from qncd_deploy.engines.ort import SessionEngine, is_quantized, open_session, session_options
 from qncd_deploy.engines.stored import load_stored, require_same, save_stored
 from qncd_deploy.engines.trt.device import find_device
@@ -38,7 +38,6 @@ _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _SHAPE_ARITHMETIC = frozenset(
     {"Cast", "Concat", "Constant", "ConstantOfShape", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Unsqueeze"}
 )
-_INSTALL = "pip install 'qncd-deploy[gpu]' in place of onnxruntime"
 
 Shapes = tuple[tuple[int, ...], ...]
 """One static shape per input, in the graph's order."""
@@ -190,24 +189,25 @@ _WORDS = {
 
 def check_provider(backend: str) -> None:
     """Raises BackendMissing, with what to install, if ONNX Runtime here does not have a backend's provider."""
+    install = find_backend(backend).install
     if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
         raise BackendMissing(
             f"{backend}: ONNX Runtime {ort.__version__} does not tell where nodes run, expected a newer one (Python "
-            f"3.11 or newer has it). Update it: {_INSTALL}"
+            f"3.11 or newer has it). Update it: {install}"
         )
     if backend == "onnxruntime-rtx":
         _plugin_devices()
     elif PROVIDERS[backend] not in ort.get_available_providers():
         raise BackendMissing(
             f"{backend}: this ONNX Runtime has {', '.join(ort.get_available_providers())}, not {PROVIDERS[backend]}. "
-            f"Install it: {_INSTALL}"
+            f"Install it: {install}"
         )
 
 
 @cache
 def _plugin_devices() -> list[Any]:
     """The GPUs that TensorRT for RTX's plugin drives. A library is registered once a process."""
-    install = "pip install onnxruntime-ep-nv-tensorrt-rtx"
+    install = find_backend("onnxruntime-rtx").install
     try:
         plugin = importlib.import_module(_PLUGIN)
         ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())

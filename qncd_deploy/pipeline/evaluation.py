@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.base import Remainder, default_backend
-from qncd_deploy.errors import BackendMissing, UsageError
+from qncd_deploy.errors import BackendMissing, UsageError, install_line
 from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.compare import Comparison, Look, compare
 from qncd_deploy.evaluate.crew import Crew, Solo
@@ -114,6 +114,6 @@ def _crew(options: EvalOptions) -> Iterator[Crew]:
     try:
         from qncd_deploy.evaluate.ray_crew import RayCrew
     except ImportError as exc:
-        raise BackendMissing("ray: not installed. Install it: pip install 'qncd-deploy[ray]'") from exc
+        raise BackendMissing(f"ray: not installed. Install it: {install_line('ray')}") from exc
     with RayCrew(address=options.ray_address, threads=options.draw.threads or 1) as crew:
         yield crew

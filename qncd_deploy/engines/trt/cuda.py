@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.engines.trt.device import Device, find_device
-from qncd_deploy.errors import BackendMissing, EngineError, first_line
+from qncd_deploy.errors import BackendMissing, EngineError, first_line, install_line
 from qncd_deploy.specs import Array
 
-INSTALL = "pip install 'qncd-deploy[cuda]', on a Jetson 'qncd-deploy[jetson]'"
+INSTALL = f'{install_line("cuda")}, on a Jetson ".[jetson]"'
 
 
 @cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qncd_deploy.engines.base import find_backend
-from qncd_deploy.errors import BackendMissing, first_line
+from qncd_deploy.errors import BackendMissing, first_line, install_line
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 """As the backends are called."""
@@ -260,12 +260,12 @@ _NO_MEMORY = re.compile("out ?of ?memory|insufficient memory|cuda(?:ErrorM| m)em
 
 
 def _remedy(flavour: Flavour) -> str:
-    if flavour == "tensorrt-rtx" and platform.machine() not in ("x86_64", "AMD64"):
+    if flavour == "tensorrt-rtx" and platform.machine() != "x86_64":
         return f"There is none for {platform.machine()}: use --backend tensorrt."
     if flavour == "tensorrt" and JETSON.exists():
         return (
             "JetPack brings it, for the system's Python: make the environment with "
-            "`python3 -m venv --system-site-packages`, then pip install 'qncd-deploy[jetson]'."
+            f"`python3 -m venv --system-site-packages`, then {install_line('jetson')}."
         )
     return f"Install it: {find_backend(flavour).install}"
 
