@@ -197,14 +197,13 @@ def _require_full_rows(variant: Variant, sampler: Sampler) -> None:
     """A stored engine for more rows than there are would be timed on rows that nobody asked for, one for fewer on part
     of them. Raises EngineError.
     """
-    network = sampler.network
-    graph, engine = (
-        fixed_rows(input_roles(inputs).sample)
-        for inputs in ({spec.name: spec for spec in network.facts.inputs}, network.unet.inputs)
-    )
-    if graph is None and engine not in (None, wanted := _rows(sampler)):
+    network, wanted = sampler.network, _rows(sampler)
+    graph = fixed_rows(input_roles({spec.name: spec for spec in network.facts.inputs}).sample)
+    sizes = network.unet.row_sizes
+    if graph is None and sizes and wanted not in sizes:
+        takes = " or ".join(map(str, sizes))
         raise EngineError(
-            f"{variant.name}: the stored engine takes {engine} rows a call, --batch-size {sampler.batch_size} with "
+            f"{variant.name}: the stored engine takes {takes} rows a call, --batch-size {sampler.batch_size} with "
             f"guidance {sampler.guidance_scale:g} asks for {wanted}. Run `qncd build` for that batch size, or name an "
             "empty --engine-dir: engines are then made for the run."
         )
