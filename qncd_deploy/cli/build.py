@@ -19,7 +19,7 @@ from qncd_deploy.cli.options import (
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import Remainder, default_backend
 from qncd_deploy.engines.trt.options import TARGETS, Hardware
-from qncd_deploy.pipeline.build import BuildRequest, Size, build, trtexec_lines
+from qncd_deploy.pipeline.build import BuildRequest, build, trtexec_lines
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle
 
@@ -38,22 +38,6 @@ class _Numbers(click.ParamType):
         if not all(part.isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r}: expected whole numbers from 1, with commas.", param, ctx)
         return tuple(dict.fromkeys(map(int, parts)))
-
-
-class _Sizes(click.ParamType):
-    """WIDTHxHEIGHT,... as a tuple of pairs."""
-
-    name = "WxH,WxH,..."
-
-    def convert(
-        self, value: str | tuple[Size, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Size, ...]:
-        if isinstance(value, tuple):
-            return value
-        pairs = [part.split("x") for part in value.split(",")]
-        if not all(len(pair) == 2 and all(side.isdecimal() and int(side) for side in pair) for pair in pairs):
-            self.fail(f"{value!r}: expected sizes such as 512x512,768x512.", param, ctx)
-        return tuple(dict.fromkeys((int(width), int(height)) for width, height in pairs))
 
 
 class _Targets(click.ParamType):
@@ -75,14 +59,6 @@ _tensorrt_options = together(
         default=(),
         show_default=False,
         help=f"tensorrt-rtx: GPUs to build for, of {', '.join(TARGETS)}; none needs to be here.  [default: this GPU's]",
-    ),
-    click.option(
-        "--sizes",
-        type=_Sizes(),
-        default=(),
-        show_default=False,
-        help="TensorRT: sizes of the pictures, one profile each, for a graph that leaves them free.  "
-        "[default: the network's own]",
     ),
     click.option(
         "--level",
@@ -138,7 +114,6 @@ def build_command(
     remainder: Remainder | None,
     batches: tuple[int, ...],
     targets: tuple[str, ...],
-    sizes: tuple[Size, ...],
     level: int | None,
     workspace_mib: int | None,
     hardware: Hardware,
@@ -161,7 +136,6 @@ def build_command(
         remainder=remainder,
         batches=batches,
         threads=threads,
-        sizes=sizes,
         targets=targets,
         level=level,
         workspace=None if workspace_mib is None else workspace_mib << 20,

@@ -28,24 +28,19 @@ from qncd_deploy.specs import TensorSpec
 
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
-Size = tuple[int, int]
-"""Width and height of a picture."""
-
 
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build, and for whom.
 
     remainder: None for the backend's own;  batches: pictures at a time, () for the sampler's own;  threads: of a CPU.
-    For TensorRT alone: sizes of the pictures, () for the network's own;  targets ... version_compatible: as in
-    BuildOptions.
+    For TensorRT alone: targets ... version_compatible, as in BuildOptions.
     """
 
     backend: str
     remainder: Remainder | None = None
     batches: tuple[int, ...] = ()
     threads: int | None = None
-    sizes: tuple[Size, ...] = ()
     targets: tuple[str, ...] = ()
     level: int | None = None
     workspace: int | None = None
@@ -136,7 +131,7 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
 
 
 def _refuse_gpu_options(request: BuildRequest) -> None:
-    for name in ("sizes", "targets", "level", "workspace", "hardware", "version_compatible"):
+    for name in ("targets", "level", "workspace", "hardware", "version_compatible"):
         if getattr(request, name) != BuildRequest.__dataclass_fields__[name].default:
             raise UsageError(f"{_OPTIONS.get(name, '--' + name)}: {request.backend} does not have it. Leave it out.")
 
@@ -188,19 +183,15 @@ def _jobs(
     if library.ahead_of_time and device is not None:
         targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
     batches = request.batches or (default_batch(bundle.manifest.model.latent_shape),)
-    latents = [_latent(bundle, size) for size in request.sizes] or [tuple(bundle.manifest.model.latent_shape)]
     suffix = f"b{'+'.join(map(str, batches))}"
-    if request.sizes:
-        suffix += "-" + "+".join(f"{width}x{height}" for width, height in request.sizes)
     names = {find_backend(request.backend).role(request.remainder): (engine_id, "")}
     if "decoder" in bundle.manifest.roles:
         names["decoder"] = (make_engine_id(request.backend, "f32"), "-decoder")
     for role, (engine, part) in names.items():
         graph = bundle.file(role)
         inputs, _ = graph_specs(library, graph)
-        shapes = (_shapes(bundle, role, inputs, batch, latent) for batch in batches for latent in latents)
         options = BuildOptions(
-            profiles=tuple(shapes),
+            profiles=tuple(_shapes(bundle, role, inputs, batch) for batch in batches),
             targets=targets,
             level=request.level,
             workspace=request.workspace,
@@ -213,21 +204,9 @@ def _jobs(
         yield _Job(role, graph, folder / f"{engine}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
 
 
-def _latent(bundle: Bundle, size: Size) -> tuple[int, ...]:
-    """Shape of the latent of a picture. Raises UsageError for a size that has none."""
-    channels, rows, _ = bundle.manifest.model.latent_shape
-    image = bundle.manifest.model.image_shape
-    factor = 1 if image is None else image[1] // rows
-    width, height = size
-    if width % factor or height % factor:
-        raise UsageError(f"--sizes {width}x{height}: width and height must be multiples of {factor}.")
-    return channels, height // factor, width // factor
-
-
-def _shapes(
-    bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int, latent: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
+def _shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, tuple[int, ...]]:
     """Input shapes of a graph for a full batch: guidance asks the network for every picture twice, the decoder once."""
+    latent = tuple(bundle.manifest.model.latent_shape)
     if role == "decoder":
         (spec,) = inputs.values()
         return {spec.name: (fixed_rows(spec) or batch, *latent)}

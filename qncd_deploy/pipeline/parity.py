@@ -182,8 +182,8 @@ class Gate:
         self._cases: dict[str, Case] = {}
         self._arrays = open_arrays()
 
-    def __call__(self, role: str, built: BuiltEngine, *, place: Path) -> Parity | None:
-        """The engine's errors, the largest of its profiles'; None if it has none of the network's own size.
+    def __call__(self, role: str, built: BuiltEngine, *, place: Path) -> Parity:
+        """The engine's errors, the largest of its profiles'.
 
         role: of its graph in the bundle;  place: where it is going to lie, for messages.
 
@@ -195,8 +195,8 @@ class Gate:
             assert isinstance(engine, TrtEngine)
             engine.use(built, place=place)
             for shapes in built.options.profiles:
-                if (case := self._case(role, shapes)) is not None:
-                    found.append((measure(engine, case), case, shapes))
+                case = self._case(role, shapes)
+                found.append((measure(engine, case), case, shapes))
         for parity, case, shapes in found:
             if (fault := parity.fault) is not None:
                 first = None if role == "decoder" else self._first_wrong(parity, case, shapes, built)
@@ -205,13 +205,11 @@ class Gate:
                     f"{place}: {fault}.{where} The engine is not kept. Build it with another --level, or leave that "
                     "layer in float with `qncd export --exclude`."
                 )
-        return max((parity for parity, *_ in found), key=lambda parity: max(parity.errors), default=None)
+        return max((parity for parity, *_ in found), key=lambda parity: max(parity.errors))
 
-    def _case(self, role: str, shapes: Shapes) -> Case | None:
-        """What was recorded, cut to a profile's rows; None for a profile of another size than the network's own."""
+    def _case(self, role: str, shapes: Shapes) -> Case:
+        """What was recorded, cut to a profile's rows."""
         state = next(shape for shape in shapes.values() if len(shape) == 4)
-        if state[1:] != tuple(self._bundle.manifest.model.latent_shape):
-            return None
         part = "decoder" if role == "decoder" else "unet"
         if part not in self._cases or len(self._cases[part].exact[0]) < state[0]:
             guided = self._bundle.guidance() != 1
