@@ -53,6 +53,7 @@ def test_errors_are_held_against_the_cpus_errors() -> None:
         assert of([0.1, bad], [0.1, 0.1]).fault == "call 1 returns numbers that are not finite"
     assert of([0.1], [0.1], largest=2.1).fault == "its largest number is 2.1, the float network's is 1"
     assert of([0.1, 0.3], [0.2, 0.2]).line() == "error against the float network 0.2, at most 0.3 (openvino: 0.2)"
+    assert of([0.1, 0.3], None).line().endswith("at most 0.3 (0.5 is allowed, as no engine for a CPU is here)")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 63, 64, 65, 200])
@@ -103,6 +104,17 @@ def test_a_sound_engine_is_kept_with_its_errors(bundle: Path, tmp_path: Path, ma
     assert machine.watched == []
     assert all(Path(engine["path"]).is_file() for engine in engines)
     assert json.loads(build(bundle, tmp_path, "--batch", "1,2", "--json")[1])["parity"] is None  # not built again
+
+
+def test_what_is_built_ahead_of_time_is_checked_where_a_target_is_here(
+    bundle: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "tensorrt-rtx")
+    rtx = ("build", bundle, "--backend", "tensorrt-rtx", "--batch", 2, "--no-fit", "--json", "--engine-dir", tmp_path)
+    for targets, checked in (("sm86,sm89", True), ("sm89", False)):
+        done = qncd(*rtx, "--target", targets)
+        assert done.code == 0, done.err
+        assert [engine["parity"] is not None for engine in json.loads(done.out)["engines"]] == [checked] * 2
 
 
 def test_tables_are_fitted_for_the_engine_that_passed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import time
@@ -25,6 +26,8 @@ from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import default_batch
 from qncd_deploy.specs import TensorSpec
+
+log = logging.getLogger(__name__)
 
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 
@@ -74,17 +77,15 @@ class Built:
 def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress) -> tuple[Built, ...]:
     """Write to FOLDER what is not there yet, or is there for something else; the network first.
 
-    What TensorRT builds for the GPU of this machine is held against the float network before it is written, if the
-    bundle can sample.
+    What TensorRT builds and the GPU of this machine runs is held against the float network before it is written, if
+    the bundle can sample.
 
     Raises: EngineError for a backend that compiles nothing or a GPU that is not there, BuildFailed if it refuses the
     graph, UsageError for options that the backend does not have, GateFailed for an engine that is wrong.
     """
     if request.backend in FLAVOURS:
         library, device = _library(request)
-        gate = None
-        if device is not None and bundle.manifest.model.schedule is not None:
-            gate = Gate(bundle, backend=request.backend, remainder=request.remainder)
+        gate = _gate(bundle, request, device)
         jobs = _jobs(bundle, folder, request, library, device)
         return tuple(_engine(job, library, device, gate, progress) for job in jobs)
     _refuse_gpu_options(request)
@@ -169,6 +170,23 @@ def _library(request: BuildRequest) -> tuple[Library, Device | None]:
         raise UsageError(
             f"--target: there is no GPU here to build for. Name those it is for, of {', '.join(TARGETS)}."
         ) from exc
+
+
+def _gate(bundle: Bundle, request: BuildRequest, device: Device | None) -> Gate | None:
+    """What holds each engine against the float network; None for a bundle that cannot sample, and where no GPU here, or
+    none that is among the targets, runs the engines. Raises BackendMissing as Gate does for this machine's own.
+    """
+    if bundle.manifest.model.schedule is None:
+        return None
+    try:
+        if device is None and find_device().sm not in request.targets:
+            return None
+        return Gate(bundle, backend=request.backend, remainder=request.remainder)
+    except BackendMissing as exc:
+        if device is not None:
+            raise
+        log.info("engines are kept unchecked: %s", exc)
+        return None
 
 
 def _jobs(
