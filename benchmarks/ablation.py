@@ -31,6 +31,7 @@ from qncd_deploy.evaluate.compare import Comparison, compare
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.store import Store
 from qncd_deploy.evaluate.variants import Variant
+from qncd_deploy.pipeline.evaluation import crew_of
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.fit import FitOptions, fit, merge_into
 from qncd_deploy.pipeline.options import ExportOptions
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--etas", default="0,1", help="of ddim with 20 steps and guidance 1.5")
-    parser.add_argument("--threads", type=int, help="of the engine; one for each of several runs side by side")
+    parser.add_argument("--ray", action="store_true", help="pictures by one process a core, one thread each")
     parser.add_argument("--full", action="store_true", help="W4A4, guidance 1, PLMS and DPM-Solver++ too")
     parser.add_argument("--work", type=Path, default=Path("export/ablation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.md"))
@@ -114,14 +115,26 @@ def _row_group(
         n_steps=sampling.n_steps,
         eta=sampling.eta,
         guidance_scale=sampling.guidance_scale,
-        threads=given.threads,
+        threads=1 if given.ray else None,
     )
-    tables = {name: _tables(bundle, sampling, given.threads, bars) for name, bundle in bundles.items()}
+    tables = {name: _tables(bundle, sampling, bars) for name, bundle in bundles.items()}
     variants = list(_variants(bundles, tables, draw))
     work = given.work / "pictures"
-    with Store.open(work, list(bundles.values()), keep=True) as store, bars.stage("pictures") as tick:
+    with (
+        crew_of(ray=given.ray) as crew,
+        Store.open(work, list(bundles.values()), keep=True) as store,
+        bars.stage("pictures") as tick,
+    ):
         comparison = compare(
-            bundles["calibrated"], variants, draw, backend=ENGINE, shown=0, traced=32, store=store, on_progress=tick
+            bundles["calibrated"],
+            variants,
+            draw,
+            backend=ENGINE,
+            shown=0,
+            traced=32,
+            store=store,
+            crew=crew,
+            on_progress=tick,
         )
     taken = {}
     for variant in variants:
@@ -131,7 +144,7 @@ def _row_group(
     return comparison, taken
 
 
-def _tables(bundle: Bundle, sampling: Sampling, threads: int | None, bars: Bars) -> Path:
+def _tables(bundle: Bundle, sampling: Sampling, bars: Bars) -> Path:
     """Tables of every method for this bundle and way to sample, in a file beside it."""
     words = "".join(c if c.isalnum() else "-" for c in str(sampling))
     path = bundle.path.parent / f"{bundle.path.name}-{words}.npz"
@@ -142,7 +155,6 @@ def _tables(bundle: Bundle, sampling: Sampling, threads: int | None, bars: Bars)
             n_steps=sampling.n_steps,
             eta=sampling.eta,
             guidance_scale=sampling.guidance_scale,
-            threads=threads,
         )
         with bars.stage(f"corrections of {bundle.path.name}") as tick:
             fitted = fit(bundle, options, bundle.path.parent / "fits" / path.stem, tick)

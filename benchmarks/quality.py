@@ -17,6 +17,7 @@ from qncd_deploy.cli.progress import Bars
 from qncd_deploy.evaluate.compare import Variant, compare
 from qncd_deploy.evaluate.judge import Draw
 from qncd_deploy.evaluate.store import Store
+from qncd_deploy.pipeline.evaluation import crew_of
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.options import ExportOptions
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("calib_data/fashion-ldm/model.ckpt"))
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--format", default="w8a8")
-    parser.add_argument("--threads", type=int, help="of the engine")
+    parser.add_argument("--ray", action="store_true", help="one process a core, one thread each")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("export"), help="where the bundles go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
@@ -60,10 +61,16 @@ def main() -> None:
         Variant(f"{method} at run time, forced", "openvino", method, bundle=bundles[CORRECTED])
         for method in ("qncd", "qncd:paper")
     ]
-    draw = Draw(given.pictures, seed=given.seed, batch_size=32, threads=given.threads)
+    draw = Draw(given.pictures, seed=given.seed, batch_size=32, threads=1 if given.ray else None)
     pictures = given.work / "quality-pictures"
-    with Store.open(pictures, list(bundles.values()), keep=True) as store, bars.stage("pictures") as tick:
-        found = compare(bundles[CORRECTED], variants, draw, shown=0, traced=64, store=store, on_progress=tick)
+    with (
+        crew_of(ray=given.ray) as crew,
+        Store.open(pictures, list(bundles.values()), keep=True) as store,
+        bars.stage("pictures") as tick,
+    ):
+        found = compare(
+            bundles[CORRECTED], variants, draw, shown=0, traced=64, store=store, crew=crew, on_progress=tick
+        )
     float_ = found.reference
     lines = [
         f"# Quality of the demo at {given.format.upper()}, {given.pictures} pictures of seed {given.seed}",

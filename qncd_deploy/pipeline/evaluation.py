@@ -59,7 +59,11 @@ def evaluate(bundle: Bundle, options: EvalOptions, tick: Tick) -> Comparison:
     for variant in variants:
         if variant.correction not in ("auto", "off"):  # one that was never fitted is refused now, not after hours
             variant.open(bundle, options.draw).close()
-    with _crew(options) as crew, Store.open(options.work, [bundle], keep=options.keep) as store:
+
+    with (
+        crew_of(ray=options.ray, address=options.ray_address, threads=options.draw.threads) as crew,
+        Store.open(options.work, [bundle], keep=options.keep) as store,
+    ):
         return compare(bundle, variants, options.draw, look=look, store=store, crew=crew, on_progress=tick)
 
 
@@ -105,15 +109,18 @@ def _variant(options: EvalOptions, correction: str) -> Variant:
 
 
 @contextmanager
-def _crew(options: EvalOptions) -> Iterator[Crew]:
-    if not options.ray:
-        if options.ray_address is not None:
-            raise UsageError(f"--ray-address {options.ray_address}: give --workers ray with it.")
+def crew_of(*, ray: bool, address: str | None = None, threads: int | None = None) -> Iterator[Crew]:
+    """Who draws: this process, or Ray's workers. Raises UsageError for an address without Ray, BackendMissing without
+    its library.
+    """
+    if not ray:
+        if address is not None:
+            raise UsageError(f"--ray-address {address}: give --workers ray with it.")
         yield Solo()
         return
     try:
         from qncd_deploy.evaluate.ray_crew import RayCrew
     except ImportError as exc:
         raise BackendMissing(f"ray: not installed. Install it: {install_line('ray')}") from exc
-    with RayCrew(address=options.ray_address, threads=options.draw.threads or 1) as crew:
+    with RayCrew(address=address, threads=threads or 1) as crew:
         yield crew
