@@ -135,7 +135,10 @@ def sample_command(
 @remainder_option
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="shift", help="What auto chooses by.")
 @click.option(
-    "--fit-size", type=click.IntRange(2), default=32, help="Pictures to fit on; the choice is made on twice as many."
+    "--fit-size",
+    type=click.IntRange(2),
+    default=32,
+    help="Pictures to fit on; the choice is made on twice as many, and confirmed on as many again.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option
