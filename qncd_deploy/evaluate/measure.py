@@ -76,6 +76,10 @@ class Stopwatch(BaseEngine):
         self.seconds: list[float] = []
         self._engine = engine
 
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        return self._engine.row_sizes
+
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.arrays.wait()  # for what came before, such as the sampler's update on a GPU
         started = time.perf_counter()

@@ -246,6 +246,10 @@ class _Recorder(BaseEngine):
         self.returned: list[np.ndarray] = []
         self._engine = engine
 
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        return self._engine.row_sizes
+
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self._engine(feeds)
         self.feeds.append({name: array.copy() for name, array in feeds.items()})
