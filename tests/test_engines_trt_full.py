@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,15 @@ def test_a_timing_cache_that_cannot_be_written_does_not_lose_the_engine(
     assert "timing.cache: not written (" in caplog.text
 
 
+@pytest.fixture
+def hearing() -> Iterator[None]:
+    """With Ctrl-C as an interactive Python takes it: a shell's background jobs inherit a deaf one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hearing")
 def test_ctrl_c_stops_the_builder_and_is_raised_after_it() -> None:
     steps: list[bool] = []
 
