@@ -64,7 +64,7 @@ class FitOptions:
     methods: tuple[str, ...] | None = None
     shortlist: tuple[str, ...] | None = None
     objective: str = "shift"
-    size: int = 24
+    size: int = 20
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None

@@ -55,7 +55,7 @@ class ExportOptions:
     alpha: float | None = None
     correction: str = "auto"
     objective: str = "shift"
-    fit_size: int = 24
+    fit_size: int = 20
     eval_size: int = 64
     seed: int = 0
     gate: bool = True
