@@ -21,8 +21,8 @@ from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
 from qncd_deploy.pipeline.output_error import output_errors  # noqa: E402
 from qncd_deploy.pipeline.sensitivity import edge_costs  # noqa: E402
 from qncd_deploy.quant.budget import LARGEST_BUDGET, LEAST_SHARE, TOO_NOISY, EdgeCost, keep_float, output_noise  # noqa: E402
+from qncd_deploy.quant.decide import decide, make_plan  # noqa: E402
 from qncd_deploy.quant.grid import Grid, fake_quantize  # noqa: E402
-from qncd_deploy.quant.plan import decide, make_plan  # noqa: E402
 from qncd_deploy.quant.policy import Policy  # noqa: E402
 
 

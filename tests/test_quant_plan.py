@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import PlanError
+from qncd_deploy.quant.decide import decide, make_plan
 from qncd_deploy.quant.grid import fake_quantize
-from qncd_deploy.quant.plan import LayerSite, Policy, QuantPlan, decide, float32_text, make_plan
+from qncd_deploy.quant.plan import LayerSite, QuantPlan, float32_text
+from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.ranges import sqnr_db
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

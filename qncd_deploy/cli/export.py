@@ -26,7 +26,7 @@ from qncd_deploy.schedule import SCHEDULERS
 
 if TYPE_CHECKING:
     from qncd_deploy.pipeline.export import Exported
-    from qncd_deploy.pipeline.quantize import Smoothing
+    from qncd_deploy.pipeline.smoothing import Smoothing
 
 DEFAULTS = ExportOptions(Path("model.ckpt"))
 

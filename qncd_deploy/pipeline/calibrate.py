@@ -128,3 +128,12 @@ def in_batches(
         if missing and isinstance(fixed, int):
             batch = {name: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for name, a in batch.items()}
         yield batch
+
+
+def counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict[str, np.ndarray]]:
+    """All rows in batches, telling how far they have come."""
+    done = 0
+    for feeds in in_batches(calib, network.facts.inputs):
+        yield feeds
+        done = min(done + len(next(iter(feeds.values()))), len(calib))
+        tick(done, len(calib))

@@ -11,7 +11,8 @@ from qncd_deploy.pipeline.export import bundle_folder
 from qncd_deploy.pipeline.network import read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.quantize import policy_of
-from qncd_deploy.quant.plan import LayerSite, check_patterns, decide
+from qncd_deploy.quant.decide import check_patterns, decide
+from qncd_deploy.quant.plan import LayerSite
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,8 @@ from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
-from qncd_deploy.pipeline.quantize import Quantized, Smoothing, policy_of, quantize, unquantized
+from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, unquantized
+from qncd_deploy.pipeline.smoothing import Smoothing
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.quant.policy import FLOAT_FORMAT
 from qncd_deploy.runtime import Bundle

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.observe import observe
+from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
-from qncd_deploy.export.passes.smooth import FoldSmoothing
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
-from qncd_deploy.pipeline.calibrate import Probe, in_batches, probing
-from qncd_deploy.pipeline.free_run import latent_snr_db
+from qncd_deploy.pipeline.calibrate import counted, probing
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
-from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress, Tick
 from qncd_deploy.pipeline.sensitivity import edge_costs
+from qncd_deploy.pipeline.smoothing import Smoothing, find_smoothing, judge
 from qncd_deploy.quant.budget import keep_float
-from qncd_deploy.quant.plan import LayerSite, QuantPlan, check_patterns, decide, make_plan
+from qncd_deploy.quant.decide import check_patterns, decide, make_plan
+from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.quant.policy import Policy
-from qncd_deploy.quant.qncd import ResBlock
-from qncd_deploy.quant.smooth import MIN_GAIN, Decision, candidates, choose
-
-RANGE_ROWS = 256
-"""Rows from which smoothing learns the range of each channel."""
-
-JUDGED_ROWS = 256
-"""Rows on which the network's output error decides whether smoothing stays."""
 
 log = logging.getLogger(__name__)
-
-SAMPLE_ROWS = 128
-SAMPLE_BYTES = 32 << 20
-"""Rows of one convolution's input on which smoothing is judged, fewer where they would not fit in SAMPLE_BYTES: large
-planes say as much in few rows, and convolving them several times is what takes the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +39,6 @@ class Quantized:
     plan: QuantPlan
     smoothing: Smoothing
     graphs: Mapping[str, ir.Model]
-
-
-@dataclass(frozen=True, eq=False)
-class Smoothing:
-    """blocks: what it does to each residual block, by the name of the second convolution;  folded: the blocks where it
-    is in the graph;  network_error: relative error of the network's output without and with it, None if not compared;
-    latent_snr_db: of free-running pictures without and with it, None if not compared (see _judge).
-    """
-
-    blocks: Mapping[str, Decision]
-    folded: tuple[str, ...]
-    network_error: tuple[float, float] | None = None
-    latent_snr_db: tuple[float, float] | None = None
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -94,78 +68,85 @@ def quantize(
     """
     policy = policy_of(options)
     check_patterns(network.sites, policy)
-    wanted = [site for site in network.sites if decide(site, policy)[0]]
-    names = {site.name for site in wanted}
-    blocks = [block for block in network.resblocks if block.conv2 in names] if options.smooth != "off" else []
-    decisions: dict[str, Decision] = {}
-    if blocks:
-        with progress.stage("smoothing") as tick:
-            decisions = _smoothing(network, blocks, calib, options, policy, scratch, tick)
-    kept = {name: decision.factors for name, decision in decisions.items() if decision.kept or not options.gate}
-    smoothed = network.model.clone()
-    FoldSmoothing(kept)(smoothed)
-    sites = _sites_after(network, smoothed)
-    edges = [site.input for site in sites if site.name in names]
-    edges += [site.output for site in sites if site.name in names and site.op == "Conv"]
-    edges += [block.edge for block in blocks if block.conv2 in kept]  # for the plan without smoothing
-    with progress.stage("ranges") as tick, probing(smoothed, edges, scratch) as probe:
-        seen = observe(probe, _counted(network, calib, tick), edges, row_bytes=probe.row_bytes)
-    weights = {site.name: _weight(smoothed, site.name) for site in sites}
+    with progress.stage("smoothing") as tick:
+        smoothing = find_smoothing(network, calib, options, policy, scratch, tick)
+    plain, smoothed = network.model, smoothing.fold(network.model)
+    with progress.stage("ranges") as tick:
+        seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
     exceptions: Mapping[str, str] = {}
     if options.keep_float:
         with progress.stage("sensitivity"):
-            chosen = [site for site in sites if site.name in names and seen[site.input].amax > 0]
-            costs = edge_costs(smoothed, network, chosen, calib, seen, policy, scratch)
-            if not costs:
-                log.info("the network is too large to measure which layers rounding hurts most: --keep-float is idle")
-            exceptions = keep_float(costs, budget=options.keep_float / 100)
-    plan = make_plan(sites, weights, seen, policy, exceptions=exceptions)
-    InsertQDQ(plan)(smoothed)
-    smoothing = Smoothing(decisions, tuple(kept))
-    if kept and options.gate:
+            exceptions = _exceptions(network, smoothed, calib, seen, options, policy, scratch)
+    drafts = [_draft(network, model, seen, policy, exceptions) for model in (plain, smoothed)]
+    if smoothing.folded and options.gate:
         with progress.stage("smoothing, judged"):
-            weights = {site.name: _weight(network.model, site.name) for site in network.sites}
-            plain_plan = make_plan(network.sites, weights, seen, policy, exceptions=exceptions)
-            plain = network.model.clone()
-            InsertQDQ(plain_plan)(plain)
-            smoothing = _judge(network, smoothing, (plain, plain_plan), (smoothed, plan), calib, options, scratch)
-            if not smoothing.folded:
-                plan, smoothed = plain_plan, plain
+            forms = [(draft.master(), draft.plan) for draft in drafts]
+            smoothing = judge(network, smoothing, *forms, calib, options, scratch)
+    draft = drafts[1] if smoothing.folded else drafts[0]
     with progress.stage("graphs"):
-        return Quantized(plan, smoothing, _graphs(network.model, smoothed, plan))
+        return Quantized(draft.plan, smoothing, _graphs(network.model, draft.master(), draft.plan))
 
 
-def _judge(
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A float graph in the form that is to be quantized, and the plan for it."""
+
+    model: ir.Model
+    plan: QuantPlan
+
+    def master(self) -> ir.Model:
+        """The same graph with the Q/DQ pairs of the plan."""
+        master = self.model.clone()
+        InsertQDQ(self.plan)(master)
+        return master
+
+
+def _draft(
     network: FloatNetwork,
-    smoothing: Smoothing,
-    plain: tuple[ir.Model, QuantPlan],
-    smoothed: tuple[ir.Model, QuantPlan],
+    model: ir.Model,
+    seen: Mapping[str, TensorStats],
+    policy: Policy,
+    exceptions: Mapping[str, str],
+) -> Draft:
+    sites = find_sites(model, network.inputs)
+    weights = {site.name: constant(model.graph.initializers[site.name]) for site in sites}
+    return Draft(model, make_plan(sites, weights, seen, policy, exceptions=exceptions))
+
+
+def _ranges(
+    network: FloatNetwork,
+    models: tuple[ir.Model, ir.Model],
     calib: CalibSet,
-    options: ExportOptions,
+    policy: Policy,
     scratch: Path,
-) -> Smoothing:
-    """Keep smoothing only if the network's output error falls and, where it can sample, pictures come out closer.
-
-    A lower error of single calls is no proof: what is left of it may repeat itself from step to step.
+    tick: Tick,
+) -> dict[str, TensorStats]:
+    """Statistics of every edge that a plan for the plain or the smoothed graph may ask for: the smoothed one has all
+    the plain one's edges, with the same values.
     """
-    rows = spread_rows(calib, JUDGED_ROWS, odd=True)
-    errors = output_errors(network.model, [plain, smoothed], network.facts.inputs, rows, scratch)
-    before, after = (error.relative for error in errors)
-    smoothing = replace(smoothing, network_error=(before, after))
-    if after > (1 - MIN_GAIN) * before:
-        return replace(smoothing, folded=())
-    if network.schedule is None:
-        return smoothing
-    without, with_it = latent_snr_db(
-        network, [plain, smoothed], pictures=options.fit_size, seed=options.seed, scratch=scratch
-    )
-    gain = with_it - without
-    smoothing = replace(smoothing, latent_snr_db=(float(without.mean()), float(with_it.mean())))
-    chance = _ONE_SIDED_95 * float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return smoothing if gain.mean() > chance else replace(smoothing, folded=())
+    plain, smoothed = ([s for s in find_sites(m, network.inputs) if decide(s, policy)[0]] for m in models)
+    edges = [site.input for site in smoothed]
+    edges += [site.output for site in smoothed if site.op == "Conv"]
+    edges += [site.input for site in plain]
+    with probing(models[1], edges, scratch) as probe:
+        return observe(probe, counted(network, calib, tick), edges, row_bytes=probe.row_bytes)
 
 
-_ONE_SIDED_95 = 1.645
+def _exceptions(
+    network: FloatNetwork,
+    model: ir.Model,
+    calib: CalibSet,
+    seen: Mapping[str, TensorStats],
+    options: ExportOptions,
+    policy: Policy,
+    scratch: Path,
+) -> Mapping[str, str]:
+    sites = find_sites(model, network.inputs)
+    chosen = [site for site in sites if decide(site, policy)[0] and seen[site.input].amax > 0]
+    costs = edge_costs(model, network, chosen, calib, seen, policy, scratch)
+    if not costs:
+        log.info("the network is too large to measure which layers rounding hurts most: --keep-float is idle")
+    return keep_float(costs, budget=options.keep_float / 100)
 
 
 def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:
@@ -177,82 +158,3 @@ def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.
     OrtSibling(plan)(ort)
     verify(ort, ONNXRUNTIME, plan=plan, name="unet-ort.onnx")
     return {"unet.onnx": master, "unet-trt.onnx": half, "unet-ort.onnx": ort, "unet-float.onnx": model}
-
-
-def _smoothing(
-    network: FloatNetwork,
-    blocks: Sequence[ResBlock],
-    calib: CalibSet,
-    options: ExportOptions,
-    policy: Policy,
-    scratch: Path,
-    tick: Tick,
-) -> dict[str, Decision]:
-    """What smoothing does in every block to the convolution's quantized output."""
-    edges = [block.edge for block in blocks]
-    embeddings = [edge for block in blocks for edge in block.emb]
-    decisions = {}
-    with probing(network.model, [*edges, *embeddings], scratch) as probe:
-        some = calib.take(np.unique(np.linspace(0, len(calib) - 1, min(RANGE_ROWS, len(calib))).astype(int)))
-        seen = observe(probe, _counted(network, some, tick), edges, row_bytes=probe.row_bytes)
-        spoken = _fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
-        for count, group in _by_sample_rows(blocks, probe, calib).items():
-            samples = _fetch(probe, network, _pairs(calib, count), [block.edge for block in group])
-            for block in group:
-                weight, x = _weight(network.model, block.conv2), samples.pop(block.edge)
-                found = candidates(
-                    options.smooth,
-                    block,
-                    weight,
-                    embedding=spoken,
-                    channel_amax=seen[block.edge].channel_amax,
-                    alpha=options.alpha,
-                )
-                decisions[block.conv2] = choose(found, weight, fit=x[::2], held_out=x[1::2], policy=policy)
-    return {block.conv2: decisions[block.conv2] for block in blocks}
-
-
-def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
-    times = calib.arrays[network.inputs.timestep]
-    return calib.take(np.unique(times, return_index=True)[1])
-
-
-def _by_sample_rows(blocks: Sequence[ResBlock], probe: Probe, calib: CalibSet) -> dict[int, list[ResBlock]]:
-    """The blocks by how many rows each is judged on, so that one run of the network serves all that take as many."""
-    groups: dict[int, list[ResBlock]] = {}
-    for block in blocks:
-        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[block.edge])))
-        groups.setdefault(count, []).append(block)
-    return groups
-
-
-def _pairs(calib: CalibSet, count: int) -> CalibSet:
-    """Some rows, evenly spread; the calibration set alternates pictures, so even and odd ones share none."""
-    rows = np.linspace(0, len(calib) - 1, count // 2).astype(int) // 2 * 2
-    return calib.take(np.minimum(np.stack([rows, rows + 1], axis=1).ravel(), len(calib) - 1))
-
-
-def _fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[str]) -> dict[str, np.ndarray]:
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for feeds in in_batches(rows, network.facts.inputs):
-        for name, array in probe(feeds, names).items():
-            found[name].append(array)
-    return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}
-
-
-def _counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict[str, np.ndarray]]:
-    done = 0
-    for feeds in in_batches(calib, network.facts.inputs):
-        yield feeds
-        done = min(done + len(next(iter(feeds.values()))), len(calib))
-        tick(done, len(calib))
-
-
-def _sites_after(network: FloatNetwork, smoothed: ir.Model) -> tuple[LayerSite, ...]:
-    """The same sites, with the edges that smoothing put in front of some of them."""
-    inputs = {node.inputs[1].name: node.inputs[0].name for node in smoothed.graph if node.op_type == "Conv"}
-    return tuple(replace(site, input=inputs.get(site.name, site.input)) for site in network.sites)
-
-
-def _weight(model: ir.Model, name: str) -> np.ndarray:
-    return constant(model.graph.initializers[name])

@@ -1,0 +1,159 @@
+"""Decide for every weighted op of a network whether it is quantized, by which rule, and on which grids."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+
+from qncd_deploy.calib.observers import TensorStats
+from qncd_deploy.errors import PlanError
+from qncd_deploy.quant.grid import Grid, fake_quantize
+from qncd_deploy.quant.plan import LayerPlan, LayerSite, QuantPlan, float32_text
+from qncd_deploy.quant.policy import Policy
+from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db
+
+FLOAT_NAMES = re.compile(
+    r"time_emb_proj|time_embedding|conv_in|conv_out|add_embedding|pos_embed|time_text_embed|context_embedder|norm_out"
+)
+"""Names that NVIDIA's diffusers recipe never quantizes, for what the graph's structure did not tell; conv_shortcut is
+left out of the list on purpose: shortcut convolutions are ordinary convolutions of the body."""
+
+FEED_FORWARD = re.compile(r"(^|\.)ff\.net\.")
+QKV = re.compile(r"(^|\.)(to_[qkv]|to_qkv|qkv|query|key|value|[qkv]_proj|add_[qkv]_proj)\.")
+MIN_WIDTH = 8
+"""A Gemm with fewer inputs or outputs than this costs nothing and has no integer kernel worth the Q in front of it."""
+
+
+def make_plan(
+    sites: Sequence[LayerSite],
+    weights: Mapping[str, np.ndarray],
+    stats: Mapping[str, TensorStats],
+    policy: Policy,
+    *,
+    exceptions: Mapping[str, str] = MappingProxyType({}),
+) -> QuantPlan:
+    """Decide for every site, and give every quantized one its scales.
+
+    weights: by site name, of the site's shape. stats: by edge, of every quantized layer's input; where an output is
+    there too, its range is recorded. exceptions: layers to leave in float though the policy would not, with the reason;
+    --include overrules them. All quantized consumers of an edge share one grid.
+
+    Raises: PlanError if a pattern of the policy matches no weight, an edge was not calibrated, a weight is missing, of
+    another shape or not finite, or nothing at all would be quantized.
+    """
+    check_patterns(sites, policy)
+    grids: dict[str, Grid] = {}
+    layers = []
+    for site in sites:
+        wanted, reason = decide(site, policy)
+        if wanted and site.name in exceptions and not _first_match(policy.include, site.name):
+            wanted, reason = False, exceptions[site.name]
+        if wanted and site.input in stats and stats[site.input].amax == 0:
+            wanted, reason = False, "its input was zero throughout calibration"
+        if not wanted:
+            layers.append(_float_layer(site, reason))
+            continue
+        if site.input not in stats:
+            raise PlanError(f"{site.name}: its input {site.input!r} was not calibrated. Observe every planned edge.")
+        if site.input not in grids:
+            grids[site.input] = policy.act_grid(stats[site.input])
+        layers.append(_quantized_layer(site, reason, _checked_weight(site, weights), stats, grids[site.input], policy))
+    plan = QuantPlan(policy.format, tuple(layers))
+    if not plan.quantized and policy.quant_level:
+        reasons = "; ".join(sorted({layer.reason for layer in layers})) or "the graph has none"
+        raise PlanError(f"plan: none of {len(layers)} weighted layers would be quantized ({reasons}).")
+    return plan
+
+
+def check_patterns(sites: Sequence[LayerSite], policy: Policy) -> None:
+    """Raises PlanError for a pattern of the policy that matches no weight."""
+    for option, patterns in (("--exclude", policy.exclude), ("--include", policy.include)):
+        for pattern in patterns:
+            if not any(re.search(pattern, site.name) for site in sites):
+                raise PlanError(
+                    f"{option} {pattern!r}: matches none of {len(sites)} weights. `qncd export --dry-run` lists them."
+                )
+
+
+def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
+    """Whether a layer is quantized, and the rule that said so; needs no weights and no statistics."""
+    if policy.quant_level == 0:
+        return False, f"format {policy.format}"
+    if pattern := _first_match(policy.exclude, site.name):
+        return False, f"--exclude {pattern!r}"
+    if pattern := _first_match(policy.include, site.name):
+        return True, f"--include {pattern!r}"
+    if site.role != "body":
+        return False, site.note or f"{site.role} layer"
+    if match := FLOAT_NAMES.search(site.name):
+        return False, f"the name holds {match[0]!r}, which NVIDIA's recipe leaves in float"
+    if site.op == "Conv":
+        return True, "convolution"
+    if min(site.shape) < MIN_WIDTH:
+        return False, f"{site.op} of {' x '.join(map(str, site.shape))}: fewer than {MIN_WIDTH} inputs or outputs"
+    level, kind = _linear_level(site.name)
+    if level > policy.quant_level:
+        return False, f"{kind}: quantized from --quant-level {level:g} on"
+    return True, kind
+
+
+def _first_match(patterns: Sequence[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+
+
+def _linear_level(name: str) -> tuple[float, str]:
+    if FEED_FORWARD.search(name):
+        return 2, "feed-forward Linear"
+    if QKV.search(name):
+        return 2.5, "query, key or value projection"
+    return 3, "Linear"
+
+
+def _float_layer(site: LayerSite, reason: str) -> LayerPlan:
+    return LayerPlan(site.name, site.op, site.shape, site.input, site.output, site.out_axis, reason)
+
+
+def _quantized_layer(
+    site: LayerSite,
+    reason: str,
+    weight: np.ndarray,
+    stats: Mapping[str, TensorStats],
+    act_grid: Grid,
+    policy: Policy,
+) -> LayerPlan:
+    weight_grid = policy.weight_grid(weight, site.out_axis)
+    return replace(
+        _float_layer(site, reason),
+        weight_bits=policy.weight_bits,
+        act_bits=policy.act_bits,
+        weight_scale=tuple(map(float32_text, weight_grid.scale)),
+        act_scale=float32_text(act_grid.scale),
+        act_zero=0,
+        sqnr_db=_finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
+        act_sqnr_db=_finite_db(stats_sqnr_db(stats[site.input], act_grid)),
+        weight_method=policy.weight_method,
+        act_method=policy.act_method_text,
+        output_amax=float32_text(policy.act_range(stats[site.output], bits=8).amax) if site.output in stats else None,
+    )
+
+
+def _checked_weight(site: LayerSite, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    if site.name not in weights:
+        raise PlanError(f"{site.name}: the graph names this weight, the checkpoint has no such array.")
+    weight = weights[site.name]
+    if weight.shape != site.shape:
+        raise PlanError(f"{site.name}: shape {weight.shape}, the graph expects {site.shape}.")
+    if not np.isfinite(weight).all():
+        bad = int(weight.size - np.isfinite(weight).sum())
+        raise PlanError(f"{site.name}: {bad} of {weight.size} weights are not finite. The checkpoint is damaged.")
+    return weight
+
+
+def _finite_db(value: float) -> float | None:
+    """Decibels to a hundredth; None where nothing was lost, which JSON has no number for."""
+    return round(value, 2) if math.isfinite(value) else None
