@@ -1,19 +1,16 @@
 """Find residual blocks by their graph: what enters the second convolution, and where the time embedding joins.
 
-    additive:      conv2 <- SiLU <- GroupNorm <- Add(h, emb)
-    scale-shift:   conv2 <- SiLU <- Add(Mul(GroupNorm(h), Add(scale, 1)), shift)
-with GroupNorm as exporters write it up to opset 20: Reshape, InstanceNormalization, Reshape, Mul(gamma), Add(beta).
+additive:      conv2 <- SiLU <- GroupNorm <- Add(h, emb)
+scale-shift:   conv2 <- SiLU <- Add(Mul(GroupNorm(h), Add(scale, 1)), shift)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.export.graph import Flow, Inputs, find_inputs
-from qncd_deploy.export.passes.common import constant, scalar, weighted_ops
+from qncd_deploy.export.passes.common import scalar, weighted_ops
+from qncd_deploy.export.patterns import group_norm, operands, silu_input
 from qncd_deploy.quant.qncd import ResBlock
 
 
@@ -22,7 +19,7 @@ def find_resblocks(model: ir.Model, inputs: Inputs | None = None) -> tuple[ResBl
     flow = Flow(model, inputs or find_inputs(model))
     blocks = []
     for node, weight in weighted_ops(model.graph):
-        if node.op_type == "Conv" and (preactivation := _silu_input(node.inputs[0])) is not None:
+        if node.op_type == "Conv" and (preactivation := silu_input(node.inputs[0])) is not None:
             block = _additive(flow, preactivation, weight.name, node.inputs[0].name) or _scale_shift(
                 flow, preactivation, weight.name, node.inputs[0].name
             )
@@ -32,11 +29,11 @@ def find_resblocks(model: ir.Model, inputs: Inputs | None = None) -> tuple[ResBl
 
 
 def _additive(flow: Flow, a: ir.Value, conv2: str, edge: str) -> ResBlock | None:
-    norm = _group_norm(a)
+    norm = group_norm(a)
     if norm is None:
         return None
     x, gamma, beta, groups, epsilon = norm
-    for _, emb in _operands(x, "Add"):
+    for _, emb in operands(x, "Add"):
         if flow.is_time(emb):
             vector = _before_views(emb)
             return ResBlock(conv2, edge, gamma, beta, groups, "additive", (vector.name,), epsilon)
@@ -44,11 +41,11 @@ def _additive(flow: Flow, a: ir.Value, conv2: str, edge: str) -> ResBlock | None
 
 
 def _scale_shift(flow: Flow, a: ir.Value, conv2: str, edge: str) -> ResBlock | None:
-    for scaled, shift in _operands(a, "Add"):
+    for scaled, shift in operands(a, "Add"):
         if not flow.is_time(shift):
             continue
-        for normed, gain in _operands(scaled, "Mul"):
-            norm, scale = _group_norm(normed), _minus_one(gain)
+        for normed, gain in operands(scaled, "Mul"):
+            norm, scale = group_norm(normed), _minus_one(gain)
             if norm is None or scale is None or not flow.is_time(scale):
                 continue
             _, gamma, beta, groups, epsilon = norm
@@ -79,58 +76,9 @@ def _half_of(value: ir.Value) -> tuple[ir.Value | None, bool | None]:
     return None, None
 
 
-def _silu_input(u: ir.Value) -> ir.Value | None:
-    """a of u = a * Sigmoid(a)."""
-    for a, gate in _operands(u, "Mul"):
-        node = gate.producer()
-        if node is not None and node.op_type == "Sigmoid" and node.inputs[0] is a:
-            return a
-    return None
-
-
-def _group_norm(y: ir.Value) -> tuple[ir.Value, np.ndarray, np.ndarray, int, float] | None:
-    """(x, gamma, beta, groups, epsilon) of y = GroupNorm(x)."""
-    for scaled, beta in _operands(y, "Add"):
-        for normed, gamma in _operands(scaled, "Mul"):
-            found = _normalization(normed)
-            if found is None or constant(beta) is None or constant(gamma) is None:
-                continue
-            x, groups, epsilon = found
-            channels = x.shape[1] if x.shape is not None and len(x.shape) == 4 else 0
-            if constant(gamma).size == constant(beta).size == channels:
-                return x, constant(gamma).reshape(-1), constant(beta).reshape(-1), groups, epsilon
-    return None
-
-
-def _normalization(y: ir.Value) -> tuple[ir.Value, int, float] | None:
-    """(x, groups, epsilon) of y = Reshape(InstanceNormalization(Reshape(x, (N, groups, -1)), 1, 0))."""
-    back = _producer(y, "Reshape")
-    norm = _producer(back.inputs[0], "InstanceNormalization") if back is not None else None
-    flat = _producer(norm.inputs[0], "Reshape") if norm is not None else None
-    if flat is None or (ones := constant(norm.inputs[1])) is None or (zeros := constant(norm.inputs[2])) is None:
-        return None
-    if (ones != 1).any() or zeros.any():
-        return None
-    epsilon = norm.attributes.get("epsilon")
-    return flat.inputs[0], len(ones), 1e-5 if epsilon is None else epsilon.as_float()
-
-
 def _minus_one(gain: ir.Value) -> ir.Value | None:
     """scale of gain = 1 + scale."""
-    return next((scale for scale, one in _operands(gain, "Add") if scalar(one) == 1), None)
-
-
-def _operands(value: ir.Value, op: str) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """The two inputs of the commutative op that makes value, in both orders; nothing if another op makes it."""
-    if (node := _producer(value, op)) is not None:
-        a, b = node.inputs
-        yield a, b
-        yield b, a
-
-
-def _producer(value: ir.Value, op: str) -> ir.Node | None:
-    node = value.producer()
-    return node if node is not None and node.domain == "" and node.op_type == op else None
+    return next((scale for scale, one in operands(gain, "Add") if scalar(one) == 1), None)
 
 
 def _before_views(value: ir.Value) -> ir.Value:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import conv2d
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.quant.fold import fold_smoothing
 from qncd_deploy.quant.grid import Grid, fake_quantize
+from qncd_deploy.quant.layer_error import convolve, relative_error
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock, paper_factors, repaired_factors
 from qncd_deploy.quant.smoothquant import smoothquant_factors
@@ -86,7 +86,7 @@ def choose(
     Activation ranges come from `fit` for both.
     """
     forms = {label: _Form.of(s, weight, fit=fit, policy=policy) for label, s in factors.items()}
-    exact = _conv(fit, weight)
+    exact = convolve(fit, weight)
     best = min(forms, key=lambda label: forms[label].error(fit, exact))
     return _accept(best, forms[best], weight, fit=fit, held_out=held_out, policy=policy)
 
@@ -104,7 +104,7 @@ def _accept(
     label: str, form: _Form, weight: np.ndarray, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
 ) -> Decision:
     plain = _Form.of(np.ones_like(form.factors), weight, fit=fit, policy=policy)
-    exact = _conv(held_out, weight)
+    exact = convolve(held_out, weight)
     return Decision(label, form.factors, plain.error(held_out, exact), form.error(held_out, exact))
 
 
@@ -114,7 +114,7 @@ def output_error(s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, judge: n
     The activation range is that of fit / s. "Same" padding, stride 1, as in the second convolution of every block; a
     bias would cancel.
     """
-    return _Form.of(s, weight, fit=fit, policy=policy).error(judge, _conv(judge, weight))
+    return _Form.of(s, weight, fit=fit, policy=policy).error(judge, convolve(judge, weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +133,5 @@ class _Form:
 
     def error(self, x: np.ndarray, exact: torch.Tensor) -> float:
         """See output_error. exact: conv of x with the float weight."""
-        found = _conv(fake_quantize(x / self.factors.reshape(1, -1, 1, 1), self.act_grid), self.weight)
-        power, noise = float(exact.square().sum()), float((found - exact).square().sum())
-        return noise / power if power else noise
-
-
-def _conv(x: np.ndarray, weight: np.ndarray) -> torch.Tensor:
-    with torch.inference_mode():
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        return conv2d(_tensor(x), _tensor(weight), padding=padding).double()
-
-
-def _tensor(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.require(x, np.float32, ("C", "W")))  # torch warns of arrays that it may not write
+        found = convolve(fake_quantize(x / self.factors.reshape(1, -1, 1, 1), self.act_grid), self.weight)
+        return relative_error(found, exact)
