@@ -110,8 +110,17 @@ def test_large_sets_are_fitted_in_parts(tmp_path, monkeypatch):
 
 
 def test_too_few_pictures(tmp_path):
-    study = study_of(corrected, network, tmp_path, 1)
-    with pytest.raises(CalibrationError, match=r"filter: 36 samples for 37 coefficients .*--fit-size"):
-        linear.fit_filter(study)
+    study = study_of(corrected, network, tmp_path, 3)
+    for fit in (linear.fit_filter, linear.fit_mix):
+        with pytest.raises(CalibrationError, match=r"(filter|mix): 3 pictures to fit on, .* every channel .* least 4"):
+            fit(study)
     with pytest.raises(CalibrationError, match=r"map: .*16"):
         linear.fit_map(study)
+
+
+def test_small_pictures_hold_few_positions(tmp_path):
+    """37 numbers take 148 positions: 5 pictures of 6x6, though 4 would do for a number a channel."""
+    with pytest.raises(CalibrationError, match=r"filter: 4 pictures of 6x6 .* 37 numbers .* at least 5\. Fit on more"):
+        linear.fit_filter(study_of(corrected, network, tmp_path / "4", 4))
+    linear.fit_filter(study_of(corrected, network, tmp_path / "5", 5))
+    linear.fit_mix(study_of(corrected, network, tmp_path / "mix", 4))

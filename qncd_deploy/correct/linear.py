@@ -11,7 +11,8 @@ that a deterministic sampler removes too little noise (see `var`, and choose on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from qncd_deploy.errors import CalibrationError
 RIDGE = 1e-4
 """Per sample, of the mean power of the columns."""
 
-SAMPLES_PER_COEFFICIENT = 4
+POSITIONS_PER_COEFFICIENT = 4
 """Fewer positions than this for each number of a row fit their own noise."""
 
 _CHUNK = 1 << 24  # numbers of the design matrix held at a time
@@ -33,37 +34,38 @@ _CHUNK = 1 << 24  # numbers of the design matrix held at a time
 def fit_filter(study: Study) -> tuple[StepFix, ...]:
     """f (C, 2C, 3, 3), b (C,) and the variance that they leave over, by call.
 
-    Raises CalibrationError for too few pictures.
+    Raises CalibrationError for too few pictures, and as checked_pairs does.
     """
-    return tuple(filter_row(pairs.call, study, pairs.x, pairs.q, pairs.e) for pairs in study.pairs())
-
-
-def filter_row(call: int, study: Study, x: np.ndarray, q: np.ndarray, e: np.ndarray) -> StepFix:
-    """The filter of one call from any inputs x (N, C, H, W), outputs q there, and the outputs e that are wanted."""
-    channels = q.shape[1]
-    both = np.concatenate([q, x], axis=1)
-    solved = _regress("filter", (_taps(part) for part in _chunks(both, 18 * channels)), _chunks(e - q, 18 * channels))
-    kernel = solved.weights[:-1].T.reshape(channels, 2 * channels, 3, 3)
-    var = eps_variance(solved.residual, study.steps[call], study.prediction)
-    return StepFix(f=kernel, b=solved.weights[-1], var=var)
+    return tuple(_filter_row(study, pairs) for pairs in checked_pairs(study, method="filter", per="channel"))
 
 
 def fit_mix(study: Study) -> tuple[StepFix, ...]:
-    """a (C, C), b (C,) and the variance that they leave over, by call. Raises CalibrationError for too few pictures."""
-    return tuple(_mix_row(study, pairs) for pairs in study.pairs())
+    """a (C, C), b (C,) and the variance that they leave over, by call.
+
+    Raises CalibrationError for too few pictures, and as checked_pairs does.
+    """
+    return tuple(_mix_row(study, pairs) for pairs in checked_pairs(study, method="mix", per="channel"))
 
 
 def fit_map(study: Study) -> tuple[StepFix, ...]:
     """b (C, H, W), minus the mean error of every element, taken towards 0 where pictures disagree, by call.
 
-    Raises CalibrationError for too few pictures.
+    Raises CalibrationError as checked_pairs does.
     """
     return tuple(_map_row(study, pairs) for pairs in checked_pairs(study, method="map", per="element"))
 
 
+def _filter_row(study: Study, pairs: Pairs) -> StepFix:
+    channels = pairs.q.shape[1]
+    seen = np.concatenate([pairs.q, pairs.x], axis=1)
+    solved = _regress("filter", seen, pairs.e - pairs.q, design=_taps, columns=18 * channels)
+    kernel = solved.weights[:-1].T.reshape(channels, 2 * channels, 3, 3)
+    return StepFix(f=kernel, b=solved.weights[-1], var=eps_variance(solved.residual, pairs.step, study.prediction))
+
+
 def _mix_row(study: Study, pairs: Pairs) -> StepFix:
     channels = pairs.q.shape[1]
-    solved = _regress("mix", map(_flat, _chunks(pairs.q, channels)), _chunks(pairs.e - pairs.q, channels))
+    solved = _regress("mix", pairs.q, pairs.e - pairs.q, design=_flat, columns=channels)
     a = np.eye(channels) + solved.weights[:-1].T
     return StepFix(a=a, b=solved.weights[-1], var=eps_variance(solved.residual, pairs.step, study.prediction))
 
@@ -81,38 +83,37 @@ class _Solved:
     residual: float
 
 
-def _regress(name: str, designs: Iterator[np.ndarray], targets: Iterator[np.ndarray]) -> _Solved:
+def _regress(
+    method: str, seen: np.ndarray, wanted: np.ndarray, *, design: Callable[[np.ndarray], np.ndarray], columns: int
+) -> _Solved:
     """Ridge regression by its normal equations, the intercept not penalized.
 
-    designs: (rows, columns) each; targets: (n, C, H, W) each, of the same rows.
+    seen (N, K, H, W), of which design makes (positions, columns);  wanted (N, C, H, W).
+    Raises CalibrationError for fewer pictures than make up POSITIONS_PER_COEFFICIENT.
     """
-    gram = cross = power = 0.0
-    count = 0
-    for design, target in zip(designs, targets, strict=True):
-        columns = np.concatenate([design, np.ones((len(design), 1), np.float32)], axis=1).astype(np.float64)
-        wanted = _flat(target).astype(np.float64)
-        gram = gram + columns.T @ columns
-        cross = cross + columns.T @ wanted
-        power = power + np.square(wanted).sum()
-        count += len(columns)
-    assert isinstance(gram, np.ndarray) and isinstance(cross, np.ndarray)
-    if count < SAMPLES_PER_COEFFICIENT * len(gram):
+    count, channels, height, width = wanted.shape
+    numbers = columns + 1
+    least = math.ceil(POSITIONS_PER_COEFFICIENT * numbers / (height * width))
+    if count < least:
         raise CalibrationError(
-            f"{name}: {count} samples for {len(gram)} coefficients a channel, {SAMPLES_PER_COEFFICIENT} for each are "
-            "the least. Fit on more pictures (--fit-size)."
+            f"{method}: {count} pictures of {height}x{width} to fit on, {numbers} numbers for every channel take at "
+            f"least {least}. Fit on more pictures."
         )
-    penalty = RIDGE * (np.diag(gram)[:-1].mean() or 1.0) * np.eye(len(gram))
+    gram, cross, power = np.zeros((numbers, numbers)), np.zeros((numbers, channels)), 0.0
+    at_a_time = max(1, _CHUNK // (columns * height * width))
+    for start in range(0, count, at_a_time):
+        part = slice(start, start + at_a_time)
+        known = design(seen[part])
+        known = np.concatenate([known, np.ones((len(known), 1), np.float32)], axis=1).astype(np.float64)
+        target = _flat(wanted[part]).astype(np.float64)
+        gram += known.T @ known
+        cross += known.T @ target
+        power += float(np.square(target).sum())
+    penalty = RIDGE * (np.diag(gram)[:-1].mean() or 1.0) * np.eye(numbers)
     penalty[-1, -1] = 0
     weights = np.linalg.solve(gram + penalty, cross)
     left = power - 2 * np.sum(weights * cross) + np.sum(weights * (gram @ weights))
-    return _Solved(weights, max(0.0, float(left)) / (count * cross.shape[1]))
-
-
-def _chunks(planes: np.ndarray, columns: int) -> Iterator[np.ndarray]:
-    """(N, C, H, W) in runs of pictures whose design matrix of so many columns fits in memory."""
-    pictures = max(1, _CHUNK // (columns * planes.shape[2] * planes.shape[3]))
-    for start in range(0, len(planes), pictures):
-        yield planes[start : start + pictures]
+    return _Solved(weights, max(0.0, float(left)) / wanted.size)
 
 
 def _flat(planes: np.ndarray) -> np.ndarray:
