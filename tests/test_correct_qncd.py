@@ -136,7 +136,7 @@ def test_gain_is_zero_where_m_points_the_wrong_way():
         probed = seen[-2:].count(t) == 2  # the second call at one timestep is the probe
         return float_net(x, t) + (BIAS if probed else -BIAS)
 
-    fixes = qncd.fit(study_of(float_net, deceiving, 3))
+    fixes = qncd.fit(study_of(float_net, deceiving, 4))
     assert all(f.m_gain == 0.0 for f in fixes[calls[0] :])
 
 
@@ -166,7 +166,7 @@ def test_other_predictions_are_fitted_in_eps(prediction):
 def test_pictures_do_not_mix():
     steps = steps_of()
     loop = rollout(steps, seed=0, shape=SHAPE)
-    fixes = qncd.fit(study_of(float_net, biased_net, 2))
+    fixes = qncd.fit(study_of(float_net, biased_net, 4))
     *_, together = loop(lambda _: biased_net, range(5), fixes)
     *_, alone = loop(lambda _: biased_net, [4], fixes)
     np.testing.assert_array_equal(together.x[4:], alone.x)
@@ -184,22 +184,26 @@ def test_counts_and_options():
         return predict
 
     models = counted("float", float_net), counted("quantized", biased_net)
-    plain = qncd.fit(study_of(*models, 2), shrink=False)
+    plain = qncd.fit(study_of(*models, 4), shrink=False)
     assert counts == {"float": 22, "quantized": 0}
     assert all(f.m_gain == 1.0 for f in plain)
-    qncd.fit(study_of(*models, 2))
+    qncd.fit(study_of(*models, 4))
     first = qncd.refresh_calls(steps)[0]
     assert counts == {"float": 22 + 22 + 20 - first, "quantized": 22}
-    short = qncd.fit(study_of(*models, 2, n_steps=5))
+    short = qncd.fit(study_of(*models, 4, n_steps=5))
     assert len(short) == 5
     assert not any(f.refresh for f in short)
 
 
 def test_refusals():
     steps = steps_of()
-    with pytest.raises(CalibrationError, match="no pictures to fit on"):
-        qncd.fit(study_of(float_net, biased_net, 0))
+    with pytest.raises(
+        CalibrationError, match="qncd: 3 pictures to fit on, a number for every channel takes at least 4"
+    ):
+        qncd.fit(study_of(float_net, biased_net, 3))
     with pytest.raises(CalibrationError, match="refresh interval 0"):
         qncd.refresh_calls(steps, interval=0)
-    with pytest.raises(CalibrationError, match="returned NaN or infinity"):
-        qncd.fit(study_of(lambda x, t: np.nan * x, biased_net, 1))
+    with pytest.raises(CalibrationError, match="float network says of its probe at call 6 holds NaN or infinity"):
+        qncd.fit(study_of(lambda x, t: np.nan * x, biased_net, 4))
+    with pytest.raises(CalibrationError, match="an output at call 6 holds NaN or infinity"):
+        qncd.fit(study_of(float_net, lambda x, t: np.nan * x, 4))

@@ -18,12 +18,13 @@ only, and computes a variance that it then sets to zero; both hold here for `qnc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from qncd_deploy.correct.fitting import Run, Study
+from qncd_deploy.correct.moments import require_finite, require_pictures
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.errors import CalibrationError
 from qncd_deploy.steps import Step, eps_from_output
@@ -64,11 +65,10 @@ def fit(study: Study, *, interval: int = INTERVAL, shrink: bool = True) -> tuple
     and only the part of it that is error of this row should be subtracted. Without, m_gain is 1.
     Cost, for n rows and r refreshes: n + r calls of the float network, and with shrink up to n more, and n + r of the
     quantized one.
-    Raises CalibrationError without pictures, or if an estimate is not finite.
+    Raises CalibrationError: too few pictures, or an estimate that is not finite.
     """
+    require_pictures(study, method="qncd", per="channel")
     steps = study.steps
-    if not study.pictures:
-        raise CalibrationError("qncd: no pictures to fit on.")
     calls = refresh_calls(steps, interval=interval)
     if not calls:
         return tuple(StepFix() for _ in steps)
@@ -86,7 +86,7 @@ def _probe_means(run: Run, fixes: Sequence[StepFix]) -> dict[int, np.ndarray]:
         state = run.advance(fix)
         if fix.refresh:
             means[call] = np.asarray(state.m).mean(axis=(0, 2, 3), dtype=np.float64)
-    _check_finite(means.values())
+            require_finite(means[call], method="qncd", what=f"what the float network says of its probe at call {call}")
     return means
 
 
@@ -105,11 +105,6 @@ def _gains(study: Study, fixes: Sequence[StepFix]) -> list[float]:
         error = eps_from_output(state.raw, state.x_in, abar, study.prediction) - exact
         along = np.sum(state.m * error.mean(axis=(2, 3), keepdims=True), dtype=np.float64)
         squared = np.sum(np.square(state.m), dtype=np.float64)
-        _check_finite([along, squared])
+        require_finite(np.array([along, squared]), method="qncd", what=f"an output at call {state.call}")
         gains.append(float(np.clip(along / squared, 0.0, 1.0)) if squared else 1.0)
     return gains
-
-
-def _check_finite(values: Iterable[np.ndarray]) -> None:
-    if not all(np.isfinite(v).all() for v in values):
-        raise CalibrationError("qncd: the network returned NaN or infinity while fitting. Check the checkpoint.")
