@@ -7,7 +7,7 @@ on disk already is not run again, so an interrupted fit goes on where it stopped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -62,10 +62,10 @@ class RecordedStudy:
     exact_folder: Path
     folder: Path
 
-    def record(self, *, on_call: Callable[[int], None] = lambda call: None) -> None:
+    def record(self) -> None:
         """Run the float sampler and, at each of its inputs, the quantized network; what is on disk is kept.
 
-        The folders must be of this setting and these networks alone. on_call: told the index of every call done.
+        The folders must be of this setting and these networks alone.
         Raises: CalibrationError if an output is not finite.
         """
         noise = self.setting.noise()
@@ -79,7 +79,6 @@ class RecordedStudy:
         call, x = 0, first
         for state in denoise(predict, first, self.steps, noise=noise, prediction=self.prediction):
             x = state.x
-            on_call(call)
             call += 1
         save_npz(_file(self.exact_folder, call), {"x": x})
 

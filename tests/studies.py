@@ -18,9 +18,9 @@ def unrecorded(exact, network, setting: Setting) -> RecordedStudy:
     return RecordedStudy(setting, exact, network, Path("nowhere"), Path("nowhere"))
 
 
-def recorded(exact, network, setting: Setting, folder: Path, **options) -> RecordedStudy:
+def recorded(exact, network, setting: Setting, folder: Path) -> RecordedStudy:
     study = RecordedStudy(setting, exact, network, folder / "float", folder / "quantized")
-    study.record(**options)
+    study.record()
     return study
 
 
