@@ -119,7 +119,7 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         )
         done = _Work(tick, options, calls=len(plain.steps))
         study = _recorded(bundle, exact, plain, options, work, done)
-        fitted, refused = _fit_all(study, options, done)
+        fitted, refused = _fit_all(study, options)
         features = None
         if options.objective == "shift":
             if "features" in bundle.manifest.roles and bundle.manifest.model.picture_shape is not None:
@@ -236,9 +236,8 @@ def _recording(bundle: Bundle, sampler: Sampler, options: FitOptions) -> str:
 _CONDITIONS = ("class-embedding",)
 
 
-def _fit_all(
-    study: RecordedStudy, options: FitOptions, done: _Work
-) -> tuple[dict[str, tuple[StepFix, ...]], dict[str, str]]:
+def _fit_all(study: RecordedStudy, options: FitOptions) -> tuple[dict[str, tuple[StepFix, ...]], dict[str, str]]:
+    """Rows of every method that could be fitted, and why the others could not."""
     fitted, refused = {}, {}
     for name in options.methods or METHODS:
         try:
