@@ -33,6 +33,12 @@ PICTURES = 16
 """Pictures sampled together before there is a bundle; fewer as with ROWS."""
 
 
+SAMPLE_ROWS = 128
+SAMPLE_BYTES = 32 << 20
+"""Rows of one layer's input on which a choice for it is judged, fewer where they would not fit in SAMPLE_BYTES: large
+planes say as much in few rows, and running the layer several times is what takes the time."""
+
+
 def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, name: str, tick: Tick) -> CalibSet:
     """The user's data, or inputs recorded along the float sampler's own trajectories with the engine of this machine.
 
@@ -137,3 +143,37 @@ def counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict
         yield feeds
         done = min(done + len(next(iter(feeds.values()))), len(calib))
         tick(done, len(calib))
+
+
+def fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named tensors for all rows, (rows, ...) each."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for feeds in in_batches(rows, network.facts.inputs):
+        for name, array in probe(feeds, names).items():
+            found[name].append(array)
+    return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}
+
+
+def edge_samples(
+    probe: Probe, network: FloatNetwork, calib: CalibSet, edges: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(edge, samples to fit on, as many held out), float32 (N, ...), once for every edge, not in order.
+
+    Up to SAMPLE_ROWS rows in all, evenly spread; the two halves share no picture. One run of the network serves all
+    edges that take as many rows.
+    """
+    groups: dict[int, list[str]] = {}
+    for edge in dict.fromkeys(edges):
+        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[edge])))
+        groups.setdefault(count, []).append(edge)
+    for count, group in groups.items():
+        samples = fetch(probe, network, _pairs(calib, count), group)
+        for edge in group:
+            x = samples.pop(edge)
+            yield edge, x[::2], x[1::2]
+
+
+def _pairs(calib: CalibSet, count: int) -> CalibSet:
+    """Some rows, evenly spread; the calibration set alternates pictures, so even and odd ones share none."""
+    rows = np.linspace(0, len(calib) - 1, count // 2).astype(int) // 2 * 2
+    return calib.take(np.minimum(np.stack([rows, rows + 1], axis=1).ravel(), len(calib) - 1))

@@ -13,7 +13,7 @@ from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.smooth import FoldSmoothing
-from qncd_deploy.pipeline.calibrate import Probe, counted, in_batches, probing
+from qncd_deploy.pipeline.calibrate import counted, edge_samples, fetch, probing
 from qncd_deploy.pipeline.free_run import latent_snr_db
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
@@ -30,11 +30,6 @@ RANGE_ROWS = 256
 
 JUDGED_ROWS = 256
 """Rows on which the network's output error decides whether smoothing stays."""
-
-SAMPLE_ROWS = 128
-SAMPLE_BYTES = 32 << 20
-"""Rows of one convolution's input on which smoothing is judged, fewer where they would not fit in SAMPLE_BYTES: large
-planes say as much in few rows, and convolving them several times is what takes the time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,46 +112,22 @@ def _decisions(
     with probing(network.model, [*edges, *embeddings], scratch) as probe:
         some = calib.take(np.unique(np.linspace(0, len(calib) - 1, min(RANGE_ROWS, len(calib))).astype(int)))
         seen = observe(probe, counted(network, some, tick), edges, row_bytes=probe.row_bytes)
-        spoken = _fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
-        for count, group in _by_sample_rows(blocks, probe, calib).items():
-            samples = _fetch(probe, network, _pairs(calib, count), [block.edge for block in group])
-            for block in group:
-                weight, x = constant(network.model.graph.initializers[block.conv2]), samples.pop(block.edge)
+        spoken = fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
+        for edge, fit, held_out in edge_samples(probe, network, calib, edges):
+            for block in (block for block in blocks if block.edge == edge):
+                weight = constant(network.model.graph.initializers[block.conv2])
                 found = candidates(
                     options.smooth,
                     block,
                     weight,
                     embedding=spoken,
-                    channel_amax=seen[block.edge].channel_amax,
+                    channel_amax=seen[edge].channel_amax,
                     alpha=options.alpha,
                 )
-                decisions[block.conv2] = choose(found, weight, fit=x[::2], held_out=x[1::2], policy=policy)
+                decisions[block.conv2] = choose(found, weight, fit=fit, held_out=held_out, policy=policy)
     return {block.conv2: decisions[block.conv2] for block in blocks}
 
 
 def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
     times = calib.arrays[network.inputs.timestep]
     return calib.take(np.unique(times, return_index=True)[1])
-
-
-def _by_sample_rows(blocks: Sequence[ResBlock], probe: Probe, calib: CalibSet) -> dict[int, list[ResBlock]]:
-    """The blocks by how many rows each is judged on, so that one run of the network serves all that take as many."""
-    groups: dict[int, list[ResBlock]] = {}
-    for block in blocks:
-        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[block.edge])))
-        groups.setdefault(count, []).append(block)
-    return groups
-
-
-def _pairs(calib: CalibSet, count: int) -> CalibSet:
-    """Some rows, evenly spread; the calibration set alternates pictures, so even and odd ones share none."""
-    rows = np.linspace(0, len(calib) - 1, count // 2).astype(int) // 2 * 2
-    return calib.take(np.minimum(np.stack([rows, rows + 1], axis=1).ravel(), len(calib) - 1))
-
-
-def _fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[str]) -> dict[str, np.ndarray]:
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for feeds in in_batches(rows, network.facts.inputs):
-        for name, array in probe(feeds, names).items():
-            found[name].append(array)
-    return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}

@@ -35,6 +35,16 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def free_name(graph: ir.Graph, wanted: str) -> str:
+    """A tensor name that is not taken: the wanted one, or the same with a number behind it."""
+    taken = {output.name for node in graph for output in node.outputs}
+    name, count = wanted, 1
+    while name in taken or name in graph.initializers:
+        count += 1
+        name = f"{wanted}{count}"
+    return name
+
+
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """The array of an initializer, None for everything that is computed or fed."""
     return value.const_value.numpy() if value is not None and value.is_initializer() else None

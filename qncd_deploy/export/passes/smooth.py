@@ -11,7 +11,14 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qncd_deploy.export.passes.common import Refused, constant, initializer, insert_before, weighted_ops
+from qncd_deploy.export.passes.common import (
+    Refused,
+    constant,
+    free_name,
+    initializer,
+    insert_before,
+    weighted_ops,
+)
 from qncd_deploy.quant.fold import fold_smoothing
 
 SUFFIX = "_smooth"
@@ -47,19 +54,10 @@ class FoldSmoothing(ir.passes.InPlacePass):
             edge = node.inputs[0]
             reciprocal = (1 / s).astype(np.float32).reshape(1, -1, 1, 1)
             inverse = initializer(graph, f"{weight.name}_smooth_inverse", reciprocal)
-            node.replace_input_with(0, insert_before(node, "Mul", [edge, inverse], self._edge(graph, edge.name)))
+            smooth = free_name(graph, edge.name + SUFFIX)  # two convolutions may read one edge with different factors
+            node.replace_input_with(0, insert_before(node, "Mul", [edge, inverse], smooth))
             weight.const_value = ir.tensor(fold_smoothing(constant(weight), s), name=weight.name)
         return ir.passes.PassResult(model, bool(self.factors))
-
-    @staticmethod
-    def _edge(graph: ir.Graph, name: str) -> str:
-        """A free name: two convolutions may read one edge with different factors."""
-        taken = {output.name for node in graph for output in node.outputs}
-        smooth, count = name + SUFFIX, 1
-        while smooth in taken:
-            count += 1
-            smooth = f"{name}{SUFFIX}{count}"
-        return smooth
 
     def ensures(self, model: ir.Model) -> None:
         smoothed = {
