@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from qncd_deploy.export.graph import Inputs, find_sites, instrument
+from qncd_deploy.export.passes.normalise import normalise
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.export.trace import trace
 from qncd_deploy.quant.plan import LayerPlan, QuantPlan
@@ -134,10 +136,13 @@ def minmax_plan(
     *,
     weight_bits: int = 8,
     act_bits: int = 8,
+    asymmetric: bool = False,
     inputs: Inputs | None = None,
     roles: tuple[str, ...] = ("body",),
 ) -> QuantPlan:
-    """Symmetric min-max grids for every site of these roles, written down by hand; a zero channel gets any scale."""
+    """Min-max grids for every site of these roles, written down by hand; a zero channel gets any scale. asymmetric: the
+    grids of fewer than 8 bits span [min, max] with zero in it.
+    """
     sites = find_sites(model, inputs)
     edges = {name for site in sites for name in (site.input, site.output)}
     values = {**feeds, **run(instrument(model, edges), feeds)}
@@ -159,6 +164,12 @@ def minmax_plan(
         weight_scale = np.abs(weights[site.name]).max(axes) / (2 ** (weight_bits - 1) - 1)
         weight_scale[weight_scale == 0] = 1e-30
         act_scale = np.float32(np.abs(values[site.input]).max() / (2 ** (act_bits - 1) - 1))
+        act_zero, weight_zero = 0, None
+        if asymmetric and act_bits < 8:
+            act_scale, act_zero = _between(values[site.input].min(), values[site.input].max(), act_bits)
+        if asymmetric and weight_bits < 8:
+            weight_scale, zeros = _between(weights[site.name].min(axes), weights[site.name].max(axes), weight_bits)
+            weight_zero = tuple(map(int, zeros))
         layers.append(
             LayerPlan(
                 **fixed,
@@ -167,11 +178,69 @@ def minmax_plan(
                 act_bits=act_bits,
                 weight_scale=tuple(map(float, weight_scale.astype(np.float32))),
                 act_scale=float(act_scale),
-                act_zero=0,
+                act_zero=int(act_zero),
                 output_amax=float(np.abs(values[site.output]).max()),
+                weight_zero=weight_zero,
             )
         )
     return QuantPlan(f"w{weight_bits}a{act_bits}", tuple(layers))
+
+
+def _between(low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of 2**bits levels from low to high, zero among them."""
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scale = ((high - low) / (2**bits - 1)).astype(np.float32)
+    return scale, np.rint(-low / scale) - 2 ** (bits - 1)
+
+
+def small_network() -> ir.Model:
+    """A convolution, two Linears on one edge of which one has a bias, a Gemm, and a convolution; 8 channels."""
+    model = ir.from_proto(
+        onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 18]>
+        small (float[N,8,4,4] x) => (float[N,8,4,4] y)
+        {
+            a = Conv <pads = [1, 1, 1, 1]> (x, conv, conv_bias)
+            b = Transpose <perm = [0, 2, 3, 1]> (a)
+            c = MatMul (b, left)
+            d = MatMul (b, right)
+            e = Add (d, right_bias)
+            f = Mul (c, e)
+            g = Reshape (f, rows)
+            h = Gemm <transB = 1> (g, gemm, gemm_bias)
+            i = Reshape (h, pixels)
+            j = Transpose <perm = [0, 3, 1, 2]> (i)
+            k = Add (j, a)
+            y = Conv (k, last)
+        }""")
+    )
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv": (8, 8, 3, 3),
+        "conv_bias": (8,),
+        "left": (8, 8),
+        "right": (8, 8),
+        "right_bias": (8,),
+        "gemm": (8, 8),
+        "gemm_bias": (8,),
+        "last": (8, 8, 1, 1),
+    }
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, shape in shapes.items()}
+    arrays |= {"rows": np.array([-1, 8]), "pixels": np.array([-1, 4, 4, 8])}
+    undefined = {value.name: value for node in model.graph for value in node.inputs if value.producer() is None}
+    for name, array in arrays.items():
+        tensor = ir.tensor(array, name=name)
+        value = undefined[name]
+        value.const_value, value.type, value.shape = tensor, ir.TensorType(tensor.dtype), tensor.shape
+        model.graph.register_initializer(value)
+    return normalise(model)
+
+
+def small_plan(model: ir.Model, **bits: int) -> tuple[QuantPlan, Arrays]:
+    feeds = {"x": np.random.default_rng(1).standard_normal((3, 8, 4, 4)).astype(np.float32)}
+    plan = minmax_plan(model, feeds, inputs=Inputs("x", None), roles=("body", "first", "last"), **bits)
+    assert len(plan.quantized) == 5 and len(plan.edges) == 4
+    return plan, feeds
 
 
 def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:

@@ -10,9 +10,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import feeds_for, minmax_plan, relative_rms, run, run_torch, traced
+from export_helpers import (
+    feeds_for,
+    minmax_plan,
+    relative_rms,
+    run,
+    run_torch,
+    saved,
+    small_network,
+    small_plan,
+    traced,
+)
 from onnx.reference import ReferenceEvaluator
 
+from qncd_deploy.engines.base import open_engine
 from qncd_deploy.errors import ExportError
 from qncd_deploy.export.graph import Inputs, find_sites
 from qncd_deploy.export.passes.half import HalfRemainder, LiftScales
@@ -27,78 +38,30 @@ from qncd_deploy.quant.plan import LayerPlan, QuantPlan
 RNG = np.random.default_rng(0)
 
 
-def small_network() -> ir.Model:
-    """A convolution, two Linears on one edge of which one has a bias, a Gemm, and a convolution; 8 channels."""
-    model = ir.from_proto(
-        onnx.parser.parse_model("""
-        <ir_version: 8, opset_import: ["": 18]>
-        small (float[N,8,4,4] x) => (float[N,8,4,4] y)
-        {
-            a = Conv <pads = [1, 1, 1, 1]> (x, conv, conv_bias)
-            b = Transpose <perm = [0, 2, 3, 1]> (a)
-            c = MatMul (b, left)
-            d = MatMul (b, right)
-            e = Add (d, right_bias)
-            f = Mul (c, e)
-            g = Reshape (f, rows)
-            h = Gemm <transB = 1> (g, gemm, gemm_bias)
-            i = Reshape (h, pixels)
-            j = Transpose <perm = [0, 3, 1, 2]> (i)
-            k = Add (j, a)
-            y = Conv (k, last)
-        }""")
-    )
-    shapes = {
-        "conv": (8, 8, 3, 3),
-        "conv_bias": (8,),
-        "left": (8, 8),
-        "right": (8, 8),
-        "right_bias": (8,),
-        "gemm": (8, 8),
-        "gemm_bias": (8,),
-        "last": (8, 8, 1, 1),
-    }
-    arrays = {name: RNG.standard_normal(shape).astype(np.float32) * 0.3 for name, shape in shapes.items()}
-    arrays |= {"rows": np.array([-1, 8]), "pixels": np.array([-1, 4, 4, 8])}
-    undefined = {value.name: value for node in model.graph for value in node.inputs if value.producer() is None}
-    for name, array in arrays.items():
-        tensor = ir.tensor(array, name=name)
-        value = undefined[name]
-        value.const_value, value.type, value.shape = tensor, ir.TensorType(tensor.dtype), tensor.shape
-        model.graph.register_initializer(value)
-    return normalise(model)
-
-
-def small_plan(model: ir.Model, **bits: int) -> tuple[QuantPlan, dict[str, np.ndarray]]:
-    feeds = {"x": RNG.standard_normal((3, 8, 4, 4)).astype(np.float32)}
-    plan = minmax_plan(model, feeds, inputs=Inputs("x", None), roles=("body", "first", "last"), **bits)
-    assert len(plan.quantized) == 5 and len(plan.edges) == 4
-    return plan, feeds
-
-
-def fake_quantize(x: np.ndarray | torch.Tensor, scale: float, low: int, high: int) -> torch.Tensor:
-    return torch.fake_quantize_per_tensor_affine(torch.as_tensor(x), scale, 0, low, high)
-
-
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 6), (4, 4)])
-def test_qdq_equals_torch_fake_quantization(bits):
-    """Each edge and weight by torch's own fake quantizers, in the order the plan says; float32 rounding is all that is
-    left, and no value is close enough to a tie for it to matter.
+def test_qdq_equals_torch_fake_quantization(bits, asymmetric, tmp_path):
+    """Each edge and weight by torch's own fake quantizers, which know zero points, in the order the plan says; float32
+    rounding is all that is left, and no value is close enough to a tie for it to matter.
     """
     weight_bits, act_bits = bits
     model = small_network()
-    plan, feeds = small_plan(model, weight_bits=weight_bits, act_bits=act_bits)
+    plan, feeds = small_plan(model, weight_bits=weight_bits, act_bits=act_bits, asymmetric=asymmetric)
+    shifted = [asymmetric and min(bits) < 8, asymmetric and act_bits < 8]
+    assert shifted == [any(p.weight_zero for p in plan) or any(p.act_zero for p in plan), any(p.act_zero for p in plan)]
     w = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
     levels = 2 ** (act_bits - 1)
 
     def act(x, name: str) -> torch.Tensor:
-        return fake_quantize(x, plan[name].act_scale, -levels, levels - 1)
+        return torch.fake_quantize_per_tensor_affine(
+            torch.as_tensor(x), plan[name].act_scale, plan[name].act_zero, -levels, levels - 1
+        )
 
     def weight(name: str) -> torch.Tensor:
         layer, high = plan[name], 2 ** (weight_bits - 1) - 1
         scale = torch.tensor(layer.weight_scale)
         low = -high if weight_bits == 8 else -high - 1
-        zero = torch.zeros(len(scale), dtype=torch.int32)
+        zero = torch.tensor(layer.weight_zero or [0] * len(scale), dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(torch.tensor(w[name]), scale, zero, layer.out_axis, low, high)
 
     conv = torch.nn.functional.conv2d
@@ -111,11 +74,15 @@ def test_qdq_equals_torch_fake_quantization(bits):
 
     InsertQDQ(plan)(model)
     verify(model, MASTER, plan=plan)
-    by_runtime = run(model, feeds)["y"]
+    found = [run(model, feeds)["y"]]
+    graph = saved({"unet.onnx": model}, tmp_path) / "unet.onnx"
+    for backend in ("torch", "onnxruntime", "openvino"):
+        with open_engine(backend, graph, remainder="f32", threads=1) as engine:
+            found.append(engine(feeds)["y"])
     model.opset_imports[""] = 19  # the first that the reference implements Q/DQ for; it adds types alone
-    by_standard = ReferenceEvaluator(ir.to_proto(model)).run(["y"], feeds)[0]
-    for found in (by_runtime, by_standard):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    found.append(ReferenceEvaluator(ir.to_proto(model)).run(["y"], feeds)[0])
+    for y in found:
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert relative_rms(expected, run(small_float(w), feeds)["y"]) > 1e-3, "a quantizer that does nothing would pass"
 
 
@@ -192,9 +159,10 @@ def test_insert_refuses_a_plan_of_another_network():
         InsertQDQ(plan)(model)
 
 
-def test_ort_sibling_holds_the_same_numbers_and_fuses(tmp_path):
+@pytest.mark.parametrize("bits", [{}, {"weight_bits": 4, "act_bits": 6, "asymmetric": True}])
+def test_ort_sibling_holds_the_same_numbers_and_fuses(bits, tmp_path):
     model = small_network()
-    plan, feeds = small_plan(model)
+    plan, feeds = small_plan(model, **bits)
     InsertQDQ(plan)(model)
     sibling = model.clone()
     OrtSibling(plan)(sibling)

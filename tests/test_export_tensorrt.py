@@ -72,7 +72,7 @@ def test_small_networks_build(kind, bits, library, tmp_path):
     feeds = feeds_for(specs, 2)
     factors = {block.conv2: abs(block.gamma) + 0.5 for block in find_resblocks(model)}
     FoldSmoothing(factors)(model)
-    plan = minmax_plan(model, feeds, weight_bits=bits[0], act_bits=bits[1])
+    plan = minmax_plan(model, feeds, weight_bits=bits[0], act_bits=bits[1], asymmetric=True)
     assert_kernels_are_the_plans(build_sibling(library, model, plan, tmp_path), plan)
 
 

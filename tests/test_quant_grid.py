@@ -17,6 +17,7 @@ bits = st.integers(4, 8)
 
 def test_limits() -> None:
     assert limits(8) == (-128, 127) and limits(8, narrow=True) == (-127, 127) and limits(4) == (-8, 7)
+    assert limits(4, zero=-8) == (0, 15) and limits(4, zero=7) == (-15, 0) and limits(7, zero=63) == (-127, 0)
 
 
 def test_ties_go_to_even_and_ends_saturate() -> None:
@@ -67,6 +68,35 @@ def test_equal_to_onnx_reference_operators(axis: int | None) -> None:
     grid = Grid(scale, *limits(8), axis)
     np.testing.assert_array_equal(quantize(x, grid), q)
     np.testing.assert_array_equal(dequantize(quantize(x, grid), grid), y)
+
+
+@given(values, scales, st.integers(4, 7), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_zero_point_is_taken_off_exactly(x: np.ndarray, scale: float, b: int, data: st.DataObject) -> None:
+    """scale * (k - z), k = clip(round(x / scale) + z), in the words of the standard: the same integers less z."""
+    zero = data.draw(st.integers(-(2 ** (b - 1)), 2 ** (b - 1) - 1))
+    grid = Grid(np.float32(scale), *limits(b, zero=zero))
+    k = np.clip(np.rint(x / np.float32(scale)) + zero, *limits(b))
+    np.testing.assert_array_equal(quantize(x, grid), k - zero)
+    np.testing.assert_array_equal(fake_quantize(x, grid), np.float32(scale) * (k - zero).astype(np.float32))
+    assert grid.zero(b) == zero and quantize(np.zeros(1, np.float32), grid)[0] == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_limits_may_differ_per_channel(axis: int) -> None:
+    x = np.random.default_rng(0).uniform(-30, 30, (3, 3, 3)).astype(np.float32)
+    scale, zero = np.array([0.5, 1, 2], np.float32), np.array([-8, 0, 7])
+    grid = Grid(scale, *limits(4, zero=zero), axis)
+    found = np.moveaxis(quantize(x, grid), axis, 0)
+    for i, channel in enumerate(np.moveaxis(x, axis, 0)):
+        np.testing.assert_array_equal(found[i], quantize(channel, Grid(scale[i], *limits(4, zero=int(zero[i])))))
+    np.testing.assert_array_equal(grid.zero(4), zero)
+
+
+def test_limits_that_leave_int8_or_zero_are_our_bug() -> None:
+    for qmin, qmax in ((-129, 0), (0, 128), (1, 16), (-16, -1), (0, 0)):
+        with pytest.raises(AssertionError):
+            Grid(np.float32(1), qmin, qmax)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])

@@ -121,6 +121,7 @@ def test_a_pattern_that_matches_nothing_is_refused(option: str) -> None:
         ({"quant_level": 4}, "quant level: 4, expected one of 0, 1, 2, 2.5, 3"),
         ({"weight_method": "max"}, "expected one of minmax, mse, lp2.4"),
         ({"act_method": "kl"}, "expected one of minmax, percentile, mse"),
+        ({"asymmetric": "on"}, "asymmetric: 'on', expected one of auto, off"),
         ({"percentile": 0.9}, "percentile: 0.9, expected 50 to 100"),
         ({"exclude": ("(",)}, "not a regular expression"),
     ],
@@ -147,10 +148,19 @@ def test_recorded_numbers_are_those_of_the_grids(format: str, weight_method: str
         measured = sqnr_db(w[layer.name], fake_quantize(w[layer.name], layer.weight_grid))
         assert layer.sqnr_db == round(measured, 2)
         assert len(layer.weight_scale) == layer.shape[layer.out_axis]
-        assert layer.act_zero == 0 and layer.act_grid.scale == np.float32(layer.act_scale)
+        assert layer.act_grid.scale == np.float32(layer.act_scale)
         assert layer.act_method == {"percentile": "percentile 99.9"}.get(act_method, act_method)
-        limits = (layer.weight_grid.qmin, layer.weight_grid.qmax, layer.act_grid.qmin, layer.act_grid.qmax)
-        assert limits == {"w8a8": (-127, 127, -128, 127), "w4a8": (-8, 7, -128, 127), "w4a6": (-8, 7, -32, 31)}[format]
+        weight_zero = np.zeros(len(layer.weight_scale)) if layer.weight_zero is None else np.array(layer.weight_zero)
+        w_limits, a_limits = {
+            "w8a8": ((-127, 127), (-128, 127)),
+            "w4a8": ((-8, 7), (-128, 127)),
+            "w4a6": ((-8, 7), (-32, 31)),
+        }[format]
+        np.testing.assert_array_equal(layer.weight_grid.qmin, w_limits[0] - weight_zero)
+        np.testing.assert_array_equal(layer.weight_grid.qmax, w_limits[1] - weight_zero)
+        assert (layer.act_grid.qmin, layer.act_grid.qmax) == tuple(end - layer.act_zero for end in a_limits)
+        assert format == "w4a6" or layer.act_zero == 0
+        assert (format == "w8a8") == (layer.weight_zero is None)
     assert all(layer.sqnr_db is None and layer.act_scale is None for layer in plan if not layer.quantized)
 
 
@@ -160,6 +170,31 @@ def test_consumers_of_one_edge_share_one_grid() -> None:
     assert (to_q.act_scale, to_q.act_bits) == (to_k.act_scale, to_k.act_bits)
     assert to_q.weight_scale != to_k.weight_scale
     assert set(plan.edges) == {layer.input for layer in plan.quantized}
+
+
+@pytest.mark.parametrize("act_method", ["minmax", "percentile", "mse"])
+def test_asymmetric_grids_are_taken_where_their_error_is_lower(act_method: str) -> None:
+    """One-sided tensors and channels take them, even ones do not; "off" is the symmetric plan."""
+    silu, both = "down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv_shortcut.weight"
+    x = np.random.default_rng(2).standard_normal((2, 16, 8, 8)) * 3
+    even = np.concatenate([x, -x])
+    seen = stats() | {f"{silu}.in": TensorStats.of(x / (1 + np.exp(-x)), "x"), f"{both}.in": TensorStats.of(even, "y")}
+    w = weights()
+    w[silu][3] = np.abs(w[silu][3])
+    w[silu][5] = np.where(np.arange(9).reshape(3, 3) % 2, 1.0, -1.0) * 0.5
+    policy = Policy.for_format("w4a4", act_method=act_method)
+    found, off = (plan_for(p, weights=w, stats=seen) for p in (policy, replace(policy, asymmetric="off")))
+    assert found[silu].act_zero < -4 and found[silu].act_sqnr_db > off[silu].act_sqnr_db + 2
+    assert found[both].act_sqnr_db >= off[both].act_sqnr_db and abs(found[both].act_zero) <= 1
+    assert found[silu].weight_zero[3] == -8 and found[silu].weight_zero[5] == 0
+    assert all(one.sqnr_db >= other.sqnr_db for one, other in zip(found.quantized, off.quantized, strict=True))
+    assert {layer.act_zero for layer in off.quantized} == {0} and {layer.weight_zero for layer in off} == {None}
+
+
+def test_a_plan_without_zero_points_is_written_as_before() -> None:
+    """The field came later: old readers refuse fields that they do not know, and plans are known by their hash."""
+    symmetric = plan_for(Policy.for_format("w4a4", asymmetric="off"))
+    assert "weight_zero" not in symmetric.dumps() and "weight_zero" in plan_for(Policy.for_format("w4a4")).dumps()
 
 
 def test_output_range_is_recorded_where_it_was_observed() -> None:
@@ -219,12 +254,13 @@ def test_a_weight_that_feeds_two_ops_is_refused() -> None:
 
 
 def test_the_file_round_trips_exactly() -> None:
-    plan = plan_for(Policy.for_format("w4a8"))
+    plan = plan_for(Policy.for_format("w4a6"))
+    assert any(layer.weight_zero for layer in plan) and any(layer.act_zero for layer in plan)
     text = plan.dumps()
     back = QuantPlan.from_json(json.loads(text))
     assert back == plan and back.dumps() == text and back.sha256 == plan.sha256
     data = json.loads(text)
-    assert data["schema"] == 1 and data["format"] == "w4a8"
+    assert data["schema"] == 1 and data["format"] == "w4a6"
     assert [layer["name"] for layer in data["layers"]] == list(SHAPES)
     assert text.count("\n") == len(SHAPES) + 2  # one layer a line
 

@@ -16,6 +16,7 @@ from qncd_deploy.errors import BackendMissing, GateFailed
 from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.evaluate.measure import graph_bytes
 from qncd_deploy.pipeline.options import (
+    ASYMMETRIC,
     CALIB_METHODS,
     CORRECTIONS,
     FORMATS,
@@ -74,6 +75,13 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 )
 @click.option(
     "--percentile", type=float, default=DEFAULTS.percentile, help="Share of |x| kept, for --calib-method percentile."
+)
+@click.option(
+    "--asymmetric",
+    type=click.Choice(ASYMMETRIC),
+    default=DEFAULTS.asymmetric,
+    help="Fewer than 8 bits: put the levels where the values are, not as many on either side of zero; auto: where the "
+    "error falls.",
 )
 @click.option("--calib-data", type=PATH, help="Your own inputs: a .npz, one array per graph input.")
 @click.option(

@@ -15,6 +15,7 @@ FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
 CORRECTIONS = ("auto", "off", *METHODS)
 CALIB_METHODS = ("minmax", "percentile", "mse")
+ASYMMETRIC = ("auto", "off")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -46,6 +47,7 @@ class ExportOptions:
     calib_steps: int = 10
     calib_method: str = "mse"
     percentile: float = 99.99
+    asymmetric: str = "auto"
     calib_data: Path | None = None
     quant_level: float = 3
     exclude: tuple[str, ...] = ()
@@ -69,6 +71,7 @@ class ExportOptions:
             ("--correction", self.correction, CORRECTIONS),
             ("--objective", self.objective, OBJECTIVES),
             ("--calib-method", self.calib_method, CALIB_METHODS),
+            ("--asymmetric", self.asymmetric, ASYMMETRIC),
         ):
             if value not in known:
                 raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}.")

@@ -50,6 +50,7 @@ def policy_of(options: ExportOptions) -> Policy:
         include=options.include,
         act_method=options.calib_method,
         percentile=options.percentile,
+        asymmetric=options.asymmetric,
     )
 
 

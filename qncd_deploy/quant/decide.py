@@ -127,18 +127,20 @@ def _quantized_layer(
     policy: Policy,
 ) -> LayerPlan:
     weight_grid = policy.weight_grid(weight, site.out_axis)
+    weight_zero = weight_grid.zero(policy.weight_bits)
     return replace(
         _float_layer(site, reason),
         weight_bits=policy.weight_bits,
         act_bits=policy.act_bits,
         weight_scale=tuple(map(float32_text, weight_grid.scale)),
         act_scale=float32_text(act_grid.scale),
-        act_zero=0,
+        act_zero=int(act_grid.zero(policy.act_bits)),
         sqnr_db=_finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
         act_sqnr_db=_finite_db(stats_sqnr_db(stats[site.input], act_grid)),
         weight_method=policy.weight_method,
         act_method=policy.act_method_text,
-        output_amax=float32_text(policy.act_range(stats[site.output], bits=8).amax) if site.output in stats else None,
+        output_amax=float32_text(policy.act_amax(stats[site.output], bits=8)) if site.output in stats else None,
+        weight_zero=tuple(map(int, weight_zero)) if weight_zero.any() else None,
     )
 
 

@@ -1,5 +1,7 @@
-"""Symmetric integer grids: x ~= scale * q, qmin <= q <= qmax, zero point 0 (the only one TensorRT takes).
+"""Integer grids with zero point 0, the only one TensorRT takes: x ~= scale * q, qmin <= q <= qmax.
 
+An asymmetric grid of b < 8 bits and zero point z represents scale * (k - z), k = -2**(b-1)..2**(b-1)-1. Here q is
+k - z: it still fits into int8, so the same numbers need no zero point, only other limits.
 Rounding is that of ONNX QuantizeLinear: float32 division, ties to even, saturation.
 """
 
@@ -12,34 +14,49 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """scale: float32 > 0 in the unit of x, () for a whole tensor or (C,) along `axis`. qmin <= 0 < qmax fit into
-    int8.
+    """scale: float32 > 0 in the unit of x, () for a whole tensor or (C,) along `axis`. qmin <= 0 <= qmax fit into int8
+    and differ: an int, or (C,) of them along `axis`.
     """
 
     scale: np.ndarray
-    qmin: int
-    qmax: int
+    qmin: int | np.ndarray
+    qmax: int | np.ndarray
     axis: int | None = None
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
         assert scale.ndim == (0 if self.axis is None else 1), "a per-channel scale needs its axis, and no other does"
         assert np.isfinite(scale).all() and (scale > 0).all(), "scales are finite and positive"
-        assert -128 <= self.qmin <= 0 < self.qmax <= 127
+        qmin, qmax = np.asarray(self.qmin), np.asarray(self.qmax)
+        assert {qmin.shape, qmax.shape} <= {(), scale.shape}, "limits are one number, or one per scale"
+        assert ((qmin >= -128) & (qmin <= 0) & (qmax >= 0) & (qmax <= 127) & (qmin < qmax)).all()
         object.__setattr__(self, "scale", scale)
 
     def scale_like(self, ndim: int) -> np.ndarray:
         """The scale, shaped to broadcast against an array of ndim dimensions."""
-        if self.axis is None:
-            return self.scale
-        return self.scale.reshape([-1 if i == self.axis % ndim else 1 for i in range(ndim)])
+        return self._along(self.scale, ndim)
+
+    def limits_like(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+        """qmin and qmax, shaped to broadcast against an array of ndim dimensions."""
+        return self._along(np.asarray(self.qmin), ndim), self._along(np.asarray(self.qmax), ndim)
+
+    def _along(self, values: np.ndarray, ndim: int) -> np.ndarray:
+        if values.ndim == 0:
+            return values
+        return values.reshape([-1 if i == self.axis % ndim else 1 for i in range(ndim)])
+
+    def zero(self, bits: int) -> np.ndarray:
+        """The zero point z of the same grid as k = q + z, -2**(b-1) <= k <= 2**(b-1)-1; see limits."""
+        return limits(bits)[1] - np.asarray(self.qmax)
 
 
-def limits(bits: int, *, narrow: bool = False) -> tuple[int, int]:
-    """qmin, qmax of a signed grid of 2**bits levels; narrow leaves out the lowest one: -127..127 for 8 bits."""
+def limits(bits: int, *, narrow: bool = False, zero: int | np.ndarray = 0) -> tuple[int | np.ndarray, int | np.ndarray]:
+    """qmin, qmax of a signed grid of 2**bits levels, its zero point (a number or an array) taken off; narrow leaves out
+    the lowest level: -127..127 for 8 bits.
+    """
     assert 2 <= bits <= 8
     qmax = 2 ** (bits - 1) - 1
-    return (-qmax if narrow else -qmax - 1), qmax
+    return (-qmax if narrow else -qmax - 1) - zero, qmax - zero
 
 
 def narrow_weights(bits: int) -> bool:
@@ -52,7 +69,7 @@ def narrow_weights(bits: int) -> bool:
 def quantize(x: np.ndarray, grid: Grid) -> np.ndarray:
     """Integers of x as int8, whatever the number of bits; x finite, any shape."""
     q = np.rint(np.asarray(x, np.float32) / grid.scale_like(np.ndim(x)))
-    return np.clip(q, grid.qmin, grid.qmax).astype(np.int8)
+    return np.clip(q, *grid.limits_like(q.ndim)).astype(np.int8)
 
 
 def dequantize(q: np.ndarray, grid: Grid) -> np.ndarray:

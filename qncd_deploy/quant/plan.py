@@ -23,6 +23,8 @@ SCHEMA = 1
 Op = Literal["Conv", "Gemm", "MatMul"]
 Role = Literal["body", "first", "last", "time", "label", "small"]
 
+_LISTS = ("shape", "weight_scale", "weight_zero")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSite:
@@ -53,8 +55,10 @@ class LayerPlan:
     """One entry of plan.json. A float layer has None in every field from weight_bits to output_amax except the reason.
 
     weight_scale: one float32 per output channel. act_scale: one float32 for the edge `input`, the same for all
-    quantized consumers of that edge; act_zero is always 0. Fewer than 8 bits use the levels -2**(b-1)..2**(b-1)-1 of
-    an int8 tensor; weights of 8 bits use -127..127 (see weight_grid, act_grid). output_amax: calibrated range of
+    quantized consumers of that edge; so is act_zero. Fewer than 8 bits are fewer levels of an int8 tensor:
+        k = clip(round(x / scale) + zero, -2**(b-1), 2**(b-1)-1),    stored: k - zero, with ONNX zero point 0.
+    weight_zero: one integer per output channel, None where all are 0. Eight bits have zero 0, and weights of 8 bits use
+    -127..127 (see weight_grid, act_grid). output_amax: calibrated range of
     |output|, for runtimes that want the output quantized as well, None where it was not observed. sqnr_db = 10
     log10(sum w^2 / sum (w - Q(w))^2), measured on the weight the plan was made for; act_sqnr_db is the same of the
     input, estimated from its calibration histogram. None where there is no error at all.
@@ -77,6 +81,7 @@ class LayerPlan:
     weight_method: str | None = None
     act_method: str | None = None
     output_amax: float | None = None
+    weight_zero: tuple[int, ...] | None = None
 
     @property
     def quantized(self) -> bool:
@@ -86,17 +91,19 @@ class LayerPlan:
     def weight_grid(self) -> Grid:
         """The grid of a quantized layer's weight, per output channel."""
         assert self.weight_bits is not None and self.weight_scale is not None, f"{self.name} stays float"
-        qmin, qmax = limits(self.weight_bits, narrow=narrow_weights(self.weight_bits))
+        zero = 0 if self.weight_zero is None else np.asarray(self.weight_zero)
+        qmin, qmax = limits(self.weight_bits, narrow=narrow_weights(self.weight_bits), zero=zero)
         return Grid(np.asarray(self.weight_scale, np.float32), qmin, qmax, self.out_axis)
 
     @property
     def act_grid(self) -> Grid:
         """The grid of a quantized layer's input edge, per tensor."""
         assert self.act_bits is not None and self.act_scale is not None, f"{self.name} stays float"
-        return Grid(np.asarray(self.act_scale, np.float32), *limits(self.act_bits))
+        return Grid(np.asarray(self.act_scale, np.float32), *limits(self.act_bits, zero=self.act_zero or 0))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        optional = {"weight_zero"}
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in optional}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerPlan:
@@ -106,7 +113,7 @@ class LayerPlan:
                 f"plan.json, layer {data.get('name')!r}: unknown fields {unknown}. Use the version that wrote it."
             )
         try:
-            tuples = {key: tuple(data[key]) for key in ("shape", "weight_scale") if isinstance(data[key], list)}
+            tuples = {key: tuple(data[key]) for key in _LISTS if isinstance(data.get(key), list)}
             return cls(**{**data, **tuples})
         except (KeyError, TypeError) as error:
             raise PlanError(
@@ -131,10 +138,10 @@ class QuantPlan:
         if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise PlanError(f"plan: weights {twice} feed more than one op. Give every op a weight of its own.")
-        scales: dict[str, tuple[int | None, float | None]] = {}
+        grids: dict[str, tuple[int | None, float | None, int | None]] = {}
         for layer in self.quantized:
-            grid = (layer.act_bits, layer.act_scale)
-            assert scales.setdefault(layer.input, grid) == grid, f"edge {layer.input!r} has two grids"
+            grid = (layer.act_bits, layer.act_scale, layer.act_zero)
+            assert grids.setdefault(layer.input, grid) == grid, f"edge {layer.input!r} has two grids"
 
     def __len__(self) -> int:
         return len(self.layers)

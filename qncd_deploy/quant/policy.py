@@ -12,19 +12,22 @@ from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import PlanError
 from qncd_deploy.quant.grid import Grid, narrow_weights
 from qncd_deploy.quant.ranges import (
-    Range,
-    grid_from_range,
-    lp_range,
-    minmax_range,
+    SHRINKS,
+    asymmetric_grid,
+    lp_grid,
     minmax_stats,
+    mse_asymmetric,
     mse_stats,
     percentile_stats,
+    stats_error,
+    symmetric_grid,
 )
 
 QUANT_LEVELS = (0, 1, 2, 2.5, 3)
 FLOAT_FORMAT = "fp16"
 WEIGHT_METHODS = ("minmax", "mse", "lp2.4")
 ACT_METHODS = ("minmax", "percentile", "mse")
+ASYMMETRIC = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Policy:
     value projections, 3 every weighted Linear. exclude, include: regular expressions searched in weight names. A layer
     that `exclude` matches stays float; else one that `include` matches is quantized whatever its level, role or name;
     else the defaults decide. weight_method: "minmax", "mse" (p = 2) or "lp2.4" (Q-Diffusion's search). act_method:
-    "minmax", "percentile" or "mse".
+    "minmax", "percentile" or "mse". asymmetric: "auto" takes an asymmetric grid below 8 bits, for an output channel of
+    a weight or for an activation, where its error is lower (it costs nothing there); "off" never does.
     """
 
     weight_bits: int = 8
@@ -46,6 +50,7 @@ class Policy:
     weight_method: str = "mse"
     act_method: str = "mse"
     percentile: float = 99.99
+    asymmetric: str = "auto"
 
     def __post_init__(self) -> None:
         for what, bits in (("weights", self.weight_bits), ("activations", self.act_bits)):
@@ -55,6 +60,7 @@ class Policy:
             ("quant level", self.quant_level, QUANT_LEVELS),
             ("weight method", self.weight_method, WEIGHT_METHODS),
             ("calibration method", self.act_method, ACT_METHODS),
+            ("asymmetric", self.asymmetric, ASYMMETRIC),
         ):
             if value not in known:
                 raise PlanError(f"{what}: {value!r}, expected one of {', '.join(map(str, known))}.")
@@ -87,20 +93,25 @@ class Policy:
         """The activation method with its parameter: "percentile 99.99"."""
         return f"percentile {self.percentile:g}" if self.act_method == "percentile" else self.act_method
 
-    def weight_range(self, weight: np.ndarray, axis: int) -> Range:
-        """Per index of `axis`, the output channels."""
-        if self.weight_method == "minmax":
-            return minmax_range(weight, axis=axis)
-        p = {"mse": 2.0, "lp2.4": 2.4}[self.weight_method]
-        return lp_range(weight, bits=self.weight_bits, axis=axis, p=p, narrow=narrow_weights(self.weight_bits))
-
     def weight_grid(self, weight: np.ndarray, axis: int) -> Grid:
-        r = self.weight_range(weight, axis)
-        return grid_from_range(r, bits=self.weight_bits, narrow=narrow_weights(self.weight_bits))
+        """Per index of `axis`, the output channels."""
+        return lp_grid(
+            weight,
+            bits=self.weight_bits,
+            axis=axis,
+            p=2.4 if self.weight_method == "lp2.4" else 2.0,
+            narrow=narrow_weights(self.weight_bits),
+            asymmetric=self._may_shift(self.weight_bits),
+            shrinks=(1.0,) if self.weight_method == "minmax" else SHRINKS,
+        )
 
-    def act_range(self, stats: TensorStats, *, bits: int | None = None) -> Range:
-        """Per tensor; bits only where they differ from the policy's (an output that is quantized for the runtime's
-        sake).
+    def _may_shift(self, bits: int) -> bool:
+        """Integers of an asymmetric grid of 8 bits would leave int8."""
+        return self.asymmetric == "auto" and bits < 8
+
+    def act_amax(self, stats: TensorStats, *, bits: int | None = None) -> float:
+        """The end of a symmetric range, per tensor; bits only where they differ from the policy's (an output that is
+        quantized for the runtime's sake).
         """
         if self.act_method == "minmax":
             return minmax_stats(stats)
@@ -109,4 +120,10 @@ class Policy:
         return mse_stats(stats, bits=bits or self.act_bits)
 
     def act_grid(self, stats: TensorStats) -> Grid:
-        return grid_from_range(self.act_range(stats), bits=self.act_bits)
+        """Per tensor."""
+        amax, bits = self.act_amax(stats), self.act_bits
+        grids = [symmetric_grid(amax, bits=bits)]
+        if self._may_shift(bits):
+            by_error = self.act_method == "mse"
+            grids.append(mse_asymmetric(stats, bits=bits) if by_error else asymmetric_grid(stats, amax, bits=bits))
+        return min(grids, key=lambda grid: stats_error(stats, grid))

@@ -23,7 +23,8 @@ class InsertQDQ(ir.passes.InPlacePass):
     """Put one Q/DQ pair on every edge the plan names, shared by its planned consumers, and on no other.
 
     Consumers that stay float keep the float edge. Activations of fewer than 8 bits are clipped to their levels by a
-    Clip before QuantizeLinear, since int8 saturates later; the integers are those of a grid of these levels.
+    Clip before QuantizeLinear, since int8 saturates later; the integers are those of a grid of these levels, symmetric
+    or not.
     """
 
     def __init__(self, plan: QuantPlan) -> None:
