@@ -96,6 +96,17 @@ def traced(kind: str) -> tuple[torch.nn.Module, list[TensorSpec], ir.Model]:
     return module, specs, model.clone()
 
 
+def parsed(text: str, arrays: Mapping[str, np.ndarray]) -> ir.Model:
+    """A normalised graph written as ONNX text, with the arrays for the names that the text leaves undefined."""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    undefined = {value.name: value for node in model.graph for value in node.inputs if value.producer() is None}
+    for name, array in arrays.items():
+        tensor, value = ir.tensor(array, name=name), undefined[name]
+        value.const_value, value.type, value.shape = tensor, ir.TensorType(tensor.dtype), tensor.shape
+        model.graph.register_initializer(value)
+    return normalise(model)
+
+
 def feeds_for(specs: list[TensorSpec], batch: int, seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
     feeds = {}
@@ -193,27 +204,26 @@ def _between(low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, 
     return scale, np.rint(-low / scale) - 2 ** (bits - 1)
 
 
+SMALL = """<ir_version: 8, opset_import: ["": 18]>
+    small (float[N,8,4,4] x) => (float[N,8,4,4] y)
+    {
+        a = Conv <pads = [1, 1, 1, 1]> (x, conv, conv_bias)
+        b = Transpose <perm = [0, 2, 3, 1]> (a)
+        c = MatMul (b, left)
+        d = MatMul (b, right)
+        e = Add (d, right_bias)
+        f = Mul (c, e)
+        g = Reshape (f, rows)
+        h = Gemm <transB = 1> (g, gemm, gemm_bias)
+        i = Reshape (h, pixels)
+        j = Transpose <perm = [0, 3, 1, 2]> (i)
+        k = Add (j, a)
+        y = Conv (k, last)
+    }"""
+
+
 def small_network() -> ir.Model:
     """A convolution, two Linears on one edge of which one has a bias, a Gemm, and a convolution; 8 channels."""
-    model = ir.from_proto(
-        onnx.parser.parse_model("""
-        <ir_version: 8, opset_import: ["": 18]>
-        small (float[N,8,4,4] x) => (float[N,8,4,4] y)
-        {
-            a = Conv <pads = [1, 1, 1, 1]> (x, conv, conv_bias)
-            b = Transpose <perm = [0, 2, 3, 1]> (a)
-            c = MatMul (b, left)
-            d = MatMul (b, right)
-            e = Add (d, right_bias)
-            f = Mul (c, e)
-            g = Reshape (f, rows)
-            h = Gemm <transB = 1> (g, gemm, gemm_bias)
-            i = Reshape (h, pixels)
-            j = Transpose <perm = [0, 3, 1, 2]> (i)
-            k = Add (j, a)
-            y = Conv (k, last)
-        }""")
-    )
     rng = np.random.default_rng(0)
     shapes = {
         "conv": (8, 8, 3, 3),
@@ -227,13 +237,7 @@ def small_network() -> ir.Model:
     }
     arrays = {name: rng.standard_normal(shape).astype(np.float32) * 0.3 for name, shape in shapes.items()}
     arrays |= {"rows": np.array([-1, 8]), "pixels": np.array([-1, 4, 4, 8])}
-    undefined = {value.name: value for node in model.graph for value in node.inputs if value.producer() is None}
-    for name, array in arrays.items():
-        tensor = ir.tensor(array, name=name)
-        value = undefined[name]
-        value.const_value, value.type, value.shape = tensor, ir.TensorType(tensor.dtype), tensor.shape
-        model.graph.register_initializer(value)
-    return normalise(model)
+    return parsed(SMALL, arrays)
 
 
 def small_plan(model: ir.Model, **bits: int) -> tuple[QuantPlan, Arrays]:

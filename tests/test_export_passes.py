@@ -134,8 +134,8 @@ def test_smoothing_is_exact_in_float(kind):
 
 def test_smoothing_refuses_other_weights_and_bad_factors():
     model = small_network()
-    with pytest.raises(ExportError, match="left is not the weight of a convolution"):
-        FoldSmoothing({"left": np.ones(8, np.float32)})(model)
+    with pytest.raises(ExportError, match="other is not the weight of a Conv, Gemm or MatMul in this graph"):
+        FoldSmoothing({"other": np.ones(8, np.float32)})(model)
     for bad in (np.ones(7, np.float32), np.zeros(8, np.float32), np.full(8, np.nan, np.float32)):
         with pytest.raises(ExportError, match=r"conv has factors of shape .*, expected \(8,\), finite, not zero"):
             FoldSmoothing({"conv": bad})(model)

@@ -135,19 +135,24 @@ def test_an_embedding_of_another_network_is_refused() -> None:
 def test_smoothquant_balances_activation_and_weight() -> None:
     rng = np.random.default_rng(3)
     weight, amax = rng.normal(size=(8, C, 3, 3)).astype(np.float32), rng.lognormal(0, 1.5, C)
-    s = smoothquant_factors(weight, amax, alpha=0.5)
     w_amax = np.abs(weight).max(axis=(0, 2, 3))
+    s = smoothquant_factors(w_amax, amax, alpha=0.5)
     ratio = (amax / s) / (w_amax * s)
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)  # alpha 0.5: equal difficulty, up to the common factor
     assert np.prod(s.astype(np.float64)) == pytest.approx(1, rel=1e-5)
 
 
 def test_smoothquant_leaves_dead_channels_alone() -> None:
-    weight, amax = np.ones((2, 4, 1, 1), np.float32), np.array([1.0, 0.0, 4.0, 9.0])
-    weight[:, 3] = 0
-    s = smoothquant_factors(weight, amax, alpha=0.5)
+    w_amax, amax = np.array([1.0, 1.0, 1.0, 0.0]), np.array([1.0, 0.0, 4.0, 9.0])
+    s = smoothquant_factors(w_amax, amax, alpha=0.5)
     np.testing.assert_allclose(s, [1 / np.sqrt(2), 1, np.sqrt(2), 1], rtol=1e-6)
-    np.testing.assert_array_equal(smoothquant_factors(weight * 0, amax, alpha=0.5), 1)
+    np.testing.assert_array_equal(smoothquant_factors(w_amax * 0, amax, alpha=0.5), 1)
+
+
+def test_smoothquant_is_equation_4() -> None:
+    """max|x|**a / max|w|**(1 - a) by hand at a = 0.75: 16**.75 / 16**.25 = 4 and 1 / 1; their geometric mean is 2."""
+    s = smoothquant_factors(np.array([16.0, 1.0]), np.array([16.0, 1.0]), alpha=0.75)
+    np.testing.assert_allclose(s, [2, 0.5], rtol=1e-6)
 
 
 def test_folding_keeps_the_convolution() -> None:
@@ -165,6 +170,14 @@ def test_folding_keeps_the_convolution() -> None:
     # 216 float64 products of order 1 per output
     np.testing.assert_allclose(conv[1], conv[0], rtol=0, atol=216 * 2.0**-52 * np.abs(conv[0]).max())
     np.testing.assert_array_equal(w, before)
+
+
+def test_folding_keeps_a_linear_of_either_layout() -> None:
+    rng = np.random.default_rng(5)
+    x, w = rng.normal(size=(7, 12)), rng.normal(size=(5, 12)).astype(np.float32)
+    s = (2.0 ** rng.integers(-3, 4, 12)).astype(np.float32)  # powers of two: every product is exact
+    np.testing.assert_array_equal((x / s) @ fold_smoothing(w, s).T.astype(np.float64), x @ w.T)
+    np.testing.assert_array_equal(fold_smoothing(np.ascontiguousarray(w.T), s, axis=0), fold_smoothing(w, s).T)
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])

@@ -7,17 +7,29 @@ import pytest
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.quant.grid import fake_quantize
+from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock
 
 torch = pytest.importorskip("torch")
 
-from qncd_deploy.quant.smooth import ALPHAS, METHODS, Decision, accept, candidates, choose, output_error  # noqa: E402 - needs torch
+from qncd_deploy.quant.smooth import (  # noqa: E402 - needs torch
+    ALPHAS,
+    METHODS,
+    Decision,
+    Reader,
+    accept,
+    block_candidates,
+    choose,
+    output_error,
+    smoothquant_candidates,
+)
 
 C = 16
 RNG = np.random.default_rng(0)
 LOUD = np.where(np.arange(C) % 8 == 0, 30.0, 1.0)  # two channels thirty times as loud as the others
 WEIGHT = (RNG.normal(size=(C, C, 3, 3)) / LOUD.reshape(1, -1, 1, 1)).astype(np.float32)
+CONV = Reader(LayerSite("conv2.weight", "Conv", WEIGHT.shape, "u", "y", 0), WEIGHT)
 ONES = np.ones(C, np.float32)
 POLICY = Policy()
 
@@ -40,49 +52,49 @@ def test_output_error_is_that_of_the_quantized_convolution() -> None:
         for a, b in ((HELD_OUT, WEIGHT), (xq, wq))
     )
     expected = float(((quantized - exact) ** 2).sum() / (exact**2).sum())
-    found = output_error(s, WEIGHT, fit=FIT, judge=HELD_OUT, policy=POLICY)
+    found = output_error(s, [CONV], fit=FIT, judge=HELD_OUT, policy=POLICY)
     assert found == pytest.approx(expected, rel=1e-3)  # float32 convolutions, relative error 1e-6 against about 1e-2
 
 
 def test_a_factor_that_evens_out_loud_channels_is_kept() -> None:
-    decision = accept("even", LOUD.astype(np.float32), WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = accept("even", LOUD.astype(np.float32), [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert decision.kept
-    assert decision.error_before == output_error(ONES, WEIGHT, fit=FIT, judge=HELD_OUT, policy=POLICY)
+    assert decision.error_before == output_error(ONES, [CONV], fit=FIT, judge=HELD_OUT, policy=POLICY)
     assert decision.error_after < decision.error_before / 10  # noise of an outlier-sized step, gone
 
 
 def test_a_factor_that_hurts_is_not_kept() -> None:
-    decision = accept("worse", (LOUD**-1).astype(np.float32), WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = accept("worse", (LOUD**-1).astype(np.float32), [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert not decision.kept and decision.error_after > decision.error_before
 
 
 def test_no_smoothing_is_never_kept_as_an_improvement() -> None:
-    assert not accept("none", ONES, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY).kept
+    assert not accept("none", ONES, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY).kept
 
 
 def test_a_gain_too_small_for_a_multiplication_is_not_kept() -> None:
-    assert not Decision("s", ONES, error_before=1.0, error_after=0.985).kept
-    assert Decision("s", ONES, error_before=1.0, error_after=0.975).kept
+    assert not Decision(("conv2.weight",), "s", ONES, error_before=1.0, error_after=0.985).kept
+    assert Decision(("conv2.weight",), "s", ONES, error_before=1.0, error_after=0.975).kept
 
 
 def test_the_best_candidate_is_chosen() -> None:
     factors = {f"alpha {a}": (LOUD**a).astype(np.float32) for a in (-0.5, 0.0, 0.25, 1.0)}
-    decision = choose(factors, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = choose(factors, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert decision.label == "alpha 1.0" and decision.kept
     np.testing.assert_array_equal(decision.factors, factors["alpha 1.0"])
 
 
 @pytest.mark.parametrize("policy", [Policy.for_format("w4a8"), Policy.for_format("w4a6", act_method="minmax")])
 def test_other_formats_are_judged_by_their_own_grids(policy: Policy) -> None:
-    eight = output_error(ONES, WEIGHT, fit=FIT, judge=HELD_OUT, policy=POLICY)
-    assert output_error(ONES, WEIGHT, fit=FIT, judge=HELD_OUT, policy=policy) > eight
+    eight = output_error(ONES, [CONV], fit=FIT, judge=HELD_OUT, policy=POLICY)
+    assert output_error(ONES, [CONV], fit=FIT, judge=HELD_OUT, policy=policy) > eight
 
 
 def test_silent_samples_and_weights_are_no_division_by_zero() -> None:
     silent = np.zeros((1, C, 4, 4), np.float32)
-    decision = accept("even", LOUD.astype(np.float32), WEIGHT, fit=silent, held_out=silent, policy=POLICY)
+    decision = accept("even", LOUD.astype(np.float32), [CONV], fit=silent, held_out=silent, policy=POLICY)
     assert (decision.error_before, decision.error_after, decision.kept) == (0, 0, False)
-    assert output_error(ONES, WEIGHT * 0, fit=FIT, judge=HELD_OUT, policy=POLICY) == 0
+    assert output_error(ONES, [Reader(CONV.site, WEIGHT * 0)], fit=FIT, judge=HELD_OUT, policy=POLICY) == 0
 
 
 BLOCK = ResBlock("conv2.weight", "u", np.ones(C), np.zeros(C), 4, "additive", ("emb",))
@@ -92,14 +104,64 @@ EMBEDDING = {"emb": np.random.default_rng(4).normal(size=(5, C))}
 @pytest.mark.parametrize("method", METHODS)
 def test_candidates_of_every_method(method: str) -> None:
     amax = np.abs(FIT).max(axis=(0, 2, 3))
-    found = candidates(method, BLOCK, WEIGHT, embedding=EMBEDDING, channel_amax=amax)
+    found = block_candidates(method, BLOCK, CONV, embedding=EMBEDDING, channel_amax=amax)
     assert len(found) == (1 if method == "qncd:paper" else len(ALPHAS))
-    decision = choose(found, WEIGHT, fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = choose(found, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert decision.kept == (method != "qncd:paper")  # its embedding knows nothing of the loud channels here
     assert decision.label.startswith(method)
 
 
 def test_a_given_alpha_is_the_only_candidate() -> None:
-    found = candidates("qncd", BLOCK, WEIGHT, embedding=EMBEDDING, channel_amax=LOUD, alpha=1.0)
+    found = block_candidates("qncd", BLOCK, CONV, embedding=EMBEDDING, channel_amax=LOUD, alpha=1.0)
     assert list(found) == ["qncd alpha 1"]
     np.testing.assert_array_equal(found["qncd alpha 1"], np.minimum(LOUD, 8).astype(np.float32))
+
+
+TOKENS = np.random.default_rng(6).normal(size=(2, 40, C)).astype(np.float32) * LOUD.astype(np.float32)
+
+
+def linear(name: str, out: int, *, out_axis: int, seed: int) -> Reader:
+    """A Linear that weighs the loud channels as little as the convolution does, stored (K, N) or (N, K)."""
+    w = (np.random.default_rng(seed).normal(size=(out, C)) / LOUD).astype(np.float32)
+    w = w if out_axis == 0 else np.ascontiguousarray(w.T)
+    return Reader(LayerSite(name, "Gemm" if out_axis == 0 else "MatMul", w.shape, "norm", name, out_axis), w)
+
+
+QUERY, KEY = linear("q", 8, out_axis=1, seed=7), linear("k", 24, out_axis=0, seed=8)
+
+
+def test_the_error_of_an_edge_is_the_mean_over_its_linears() -> None:
+    s = np.random.default_rng(9).lognormal(0, 1, C).astype(np.float32)
+    x, judge = TOKENS[:1], TOKENS[1:]
+    grid = POLICY.act_grid(TensorStats.of(x / s, "x"))
+    errors = []
+    for reader, matrix in ((QUERY, QUERY.weight), (KEY, KEY.weight.T)):
+        w = matrix * s[:, None]
+        found = fake_quantize(judge / s, grid).astype(np.float64) @ fake_quantize(w, POLICY.weight_grid(w, 1))
+        exact = judge.astype(np.float64) @ matrix
+        errors.append(((found - exact) ** 2).sum() / (exact**2).sum())
+        alone = output_error(s, [reader], fit=x, judge=judge, policy=POLICY)
+        assert alone == pytest.approx(errors[-1], rel=1e-3)  # float32 products against float64
+    both = output_error(s, [QUERY, KEY], fit=x, judge=judge, policy=POLICY)
+    assert both == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_linears_of_one_edge_share_one_choice() -> None:
+    amax = np.abs(TOKENS).max(axis=(0, 1))
+    found = smoothquant_candidates([QUERY, KEY], amax)
+    assert list(found) == [f"smoothquant alpha {a:g}" for a in ALPHAS]
+    w_amax = np.maximum(np.abs(QUERY.weight).max(axis=1), np.abs(KEY.weight).max(axis=0))
+    even = (amax / found["smoothquant alpha 0.5"]) / (w_amax * found["smoothquant alpha 0.5"])
+    np.testing.assert_allclose(even, even[0], rtol=1e-5)  # balanced against the larger weight of the two
+    decision = choose(found, [QUERY, KEY], fit=TOKENS[:1], held_out=TOKENS[1:], policy=POLICY)
+    assert decision.kept and decision.layers == ("q", "k")
+    assert decision.error_after < decision.error_before / 10
+
+
+def test_smoothing_of_even_linears_is_refused() -> None:
+    """Nothing to move: all channels alike, so that any factor only spends levels."""
+    even = Reader(QUERY.site, np.random.default_rng(10).choice([-1, 1], (C, 8)).astype(np.float32))
+    tokens = np.random.default_rng(11).normal(size=(2, 400, C)).astype(np.float32)
+    skewed = {"skewed": np.linspace(0.5, 2, C).astype(np.float32)}
+    decision = choose(skewed, [even], fit=tokens[:1], held_out=tokens[1:], policy=POLICY)
+    assert not decision.kept and decision.error_after > decision.error_before

@@ -14,7 +14,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 from qncd_deploy.errors import ExportError
-from qncd_deploy.export.passes.common import weighted_ops
+from qncd_deploy.export.passes.common import out_axis, weighted_ops
 from qncd_deploy.quant.plan import LayerSite
 
 _log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def find_sites(model: ir.Model, inputs: Inputs | None = None) -> tuple[LayerSite
             continue
         role, note = _role(flow, node)
         data, out = node.inputs[0].name, node.outputs[0].name
-        sites.append(LayerSite(weight.name, node.op_type, shape, data, out, _out_axis(node), role, note))
+        sites.append(LayerSite(weight.name, node.op_type, shape, data, out, out_axis(node), role, note))
     for node in model.graph:
         if node.op_type == "ConvTranspose":
             _log.info("%s: ConvTranspose stays float", node.inputs[1].name)
@@ -196,13 +196,6 @@ def _is_one_token(flow: Flow, data: ir.Value) -> bool:
     """
     given = (value for value in flow.model.graph.inputs if value.name in flow.sources[data])
     return all(value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1 for value in given)
-
-
-def _out_axis(node: ir.Node) -> int:
-    if node.op_type == "Conv":
-        return 0
-    transposed = node.attributes.get("transB")
-    return 0 if transposed is not None and transposed.as_int() else 1
 
 
 def instrument(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -23,7 +23,7 @@ from qncd_deploy.quant.decide import decide
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock
-from qncd_deploy.quant.smooth import MIN_GAIN, Decision, candidates, choose
+from qncd_deploy.quant.smooth import MIN_GAIN, Decision, Reader, block_candidates, choose
 
 RANGE_ROWS = 256
 """Rows from which smoothing learns the range of each channel."""
@@ -115,17 +115,22 @@ def _decisions(
         spoken = fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
         for edge, fit, held_out in edge_samples(probe, network, calib, edges):
             for block in (block for block in blocks if block.edge == edge):
-                weight = constant(network.model.graph.initializers[block.conv2])
-                found = candidates(
+                reader = _reader(network, block.conv2)
+                found = block_candidates(
                     options.smooth,
                     block,
-                    weight,
+                    reader,
                     embedding=spoken,
                     channel_amax=seen[edge].channel_amax,
                     alpha=options.alpha,
                 )
-                decisions[block.conv2] = choose(found, weight, fit=fit, held_out=held_out, policy=policy)
+                decisions[block.conv2] = choose(found, [reader], fit=fit, held_out=held_out, policy=policy)
     return {block.conv2: decisions[block.conv2] for block in blocks}
+
+
+def _reader(network: FloatNetwork, name: str) -> Reader:
+    (site,) = (site for site in network.sites if site.name == name)
+    return Reader(site, constant(network.model.graph.initializers[name]))
 
 
 def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:

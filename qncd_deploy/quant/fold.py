@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 
-def fold_smoothing(weight: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """conv(h / s, w * s) == conv(h, w), for any s without zeros: a convolution is linear in each input channel.
+def fold_smoothing(weight: np.ndarray, s: np.ndarray, *, axis: int = 1) -> np.ndarray:
+    """op(x / s, w * s) == op(x, w), for any s without zeros: a weighted op is linear in each input channel.
 
-    weight (O, I, kh, kw) float32, s (I,). Returns a new float32 array; the graph still owes one h / s. The bias, the
-    padding and everything after the convolution stay as they are.
+    weight: of any shape, float32; axis: its input channels, 1 of a convolution's (O, I, kh, kw); s (I,). Returns a new
+    float32 array; the graph still owes one x / s. The bias, the padding and everything behind the op stay as they are.
     """
-    assert s.shape == (weight.shape[1],) and np.isfinite(s).all() and s.all(), "one factor per input channel, not zero"
-    return (weight * s.reshape(1, -1, 1, 1)).astype(np.float32)
+    assert s.shape == (weight.shape[axis],) and np.isfinite(s).all() and s.all(), "one factor per input channel, not 0"
+    return (weight * along(s, axis, weight.ndim)).astype(np.float32)
+
+
+def along(s: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+    """s (C,) as it broadcasts along one axis of an array of ndim dimensions."""
+    shape = [1] * ndim
+    shape[axis] = len(s)
+    return s.reshape(shape)

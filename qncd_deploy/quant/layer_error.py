@@ -6,6 +6,16 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d
 
+from qncd_deploy.quant.plan import LayerSite
+
+
+def layer_output(x: np.ndarray, site: LayerSite, weight: np.ndarray) -> torch.Tensor:
+    """What a weighted op makes of x without its bias: a convolution as in `convolve`, a Linear on the last axis."""
+    if site.op == "Conv":
+        return convolve(x, weight)
+    with torch.inference_mode():
+        return (_tensor(x) @ _tensor(weight.T if site.out_axis == 0 else weight)).double()
+
 
 def convolve(x: np.ndarray, weight: np.ndarray) -> torch.Tensor:
     """conv(x, weight) without bias, stride 1, "same" padding; x (N, C, H, W), weight (O, C, kh, kw), odd kernels.

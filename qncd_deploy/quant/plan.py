@@ -49,6 +49,16 @@ class LayerSite:
         assert self.op in get_args(Op) and self.role in get_args(Role), self
         assert 0 <= self.out_axis < len(self.shape), self
 
+    @property
+    def in_axis(self) -> int:
+        """The axis of input channels in `shape`."""
+        return 1 - self.out_axis
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of input channels in the tensor `input`."""
+        return 1 if self.op == "Conv" else -1
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:

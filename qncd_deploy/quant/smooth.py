@@ -1,22 +1,23 @@
-"""Choose and accept smoothing factors of a convolution by its quantized output, never by faith.
+"""Choose and accept smoothing factors of an edge by the quantized outputs of the layers that read it, never by faith.
 
-Per block: the candidate of least output error on the fitting samples, kept only if it also lowers the error on held-out
+Per edge: the candidate of least output error on the fitting samples, kept only if it also lowers the error on held-out
 samples. Activations and weights are both quantized with the policy's own ranges, so what a factor gains on one side and
 loses on the other is weighed in the unit that matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from qncd_deploy.calib.observers import TensorStats
-from qncd_deploy.quant.fold import fold_smoothing
+from qncd_deploy.quant.fold import along, fold_smoothing
 from qncd_deploy.quant.grid import Grid, fake_quantize
-from qncd_deploy.quant.layer_error import convolve, relative_error
+from qncd_deploy.quant.layer_error import layer_output, relative_error
+from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock, paper_factors, repaired_factors
 from qncd_deploy.quant.smoothquant import smoothquant_factors
@@ -29,39 +30,66 @@ MIN_GAIN = 0.02
 """The least relative fall of the error that is worth one more multiplication in the graph, and no accident."""
 
 
-def candidates(
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A weighted op that reads the edge, and its weight as the graph stores it. Convolutions: stride 1, "same" padding,
+    as the second one of every block and the 1x1 ones have.
+    """
+
+    site: LayerSite
+    weight: np.ndarray
+
+    @property
+    def channel_amax(self) -> np.ndarray:
+        """(C,) float32: the largest |w| of every input channel."""
+        axis = self.site.in_axis
+        return np.abs(self.weight).max(axis=tuple(i for i in range(self.weight.ndim) if i != axis))
+
+
+def block_candidates(
     method: str,
     block: ResBlock,
-    weight: np.ndarray,
+    reader: Reader,
     *,
     embedding: Mapping[str, np.ndarray],
     channel_amax: np.ndarray | None,
     alpha: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """Factors of one block by label: one per alpha (of ALPHAS, or the given one); the published form has none to
-    choose.
+    """Factors of one residual block by label: one per alpha (of ALPHAS, or the given one); the published form has none
+    to choose.
 
-    embedding: rows of the block's embedding edges. channel_amax (C,): largest |x| per channel of the convolution's
-    input in calibration; "qncd" without it bounds the input by the embedding, "smoothquant" needs it.
+    reader: the second convolution. embedding: rows of the block's embedding edges. channel_amax (C,): largest |x| per
+    channel of its input in calibration; "qncd" without it bounds the input by the embedding, "smoothquant" needs it.
     """
     if method == "qncd:paper":
         return {method: paper_factors(block, embedding)}
-    found = {}
-    for a in ALPHAS if alpha is None else (alpha,):
-        if method == "qncd":
-            s = repaired_factors(block, embedding, alpha=a, channel_amax=channel_amax)
-        else:
-            assert method == "smoothquant" and channel_amax is not None, method
-            s = smoothquant_factors(weight, channel_amax, alpha=a)
-        found[f"{method} alpha {a:g}"] = s
-    return found
+    if method == "smoothquant":
+        assert channel_amax is not None
+        return smoothquant_candidates([reader], channel_amax, alpha=alpha)
+    assert method == "qncd", method
+    return {
+        f"qncd alpha {a:g}": repaired_factors(block, embedding, alpha=a, channel_amax=channel_amax)
+        for a in (ALPHAS if alpha is None else (alpha,))
+    }
+
+
+def smoothquant_candidates(
+    readers: Sequence[Reader], channel_amax: np.ndarray, *, alpha: float | None = None
+) -> dict[str, np.ndarray]:
+    """SmoothQuant's factors of one edge by label, as in `block_candidates`; its layers are weighed together."""
+    weight_amax = np.max([reader.channel_amax for reader in readers], axis=0)
+    return {
+        f"smoothquant alpha {a:g}": smoothquant_factors(weight_amax, channel_amax, alpha=a)
+        for a in (ALPHAS if alpha is None else (alpha,))
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What became of one block: factors (C,) float32 of the candidate `label`, and its held-out output error (see
-    output_error) without and with them."""
+    """What became of one edge: the layers that read it, factors (C,) float32 of the candidate `label`, and the held-out
+    output error (see output_error) without and with them."""
 
+    layers: tuple[str, ...]
     label: str
     factors: np.ndarray
     error_before: float
@@ -74,7 +102,7 @@ class Decision:
 
 def choose(
     factors: Mapping[str, np.ndarray],
-    weight: np.ndarray,
+    readers: Sequence[Reader],
     *,
     fit: np.ndarray,
     held_out: np.ndarray,
@@ -82,56 +110,66 @@ def choose(
 ) -> Decision:
     """The best of several factors by output error on `fit`, judged on `held_out`; factors by label, at least one.
 
-    weight (O, C, kh, kw) unsmoothed; fit, held_out (N, C, H, W) float32 samples of the convolution's unsmoothed input.
+    fit, held_out: float32 samples of the unsmoothed edge, (N, C, H, W) before convolutions, (..., C) before Linears.
     Activation ranges come from `fit` for both.
     """
-    forms = {label: _Form.of(s, weight, fit=fit, policy=policy) for label, s in factors.items()}
-    exact = convolve(fit, weight)
+    forms = {label: _Form.of(s, readers, fit=fit, policy=policy) for label, s in factors.items()}
+    exact = _outputs(fit, readers)
     best = min(forms, key=lambda label: forms[label].error(fit, exact))
-    return _accept(best, forms[best], weight, fit=fit, held_out=held_out, policy=policy)
+    return _accept(best, forms[best], fit=fit, held_out=held_out, policy=policy)
 
 
 def accept(
-    label: str, s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
+    label: str, s: np.ndarray, readers: Sequence[Reader], *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
 ) -> Decision:
     """Judge one factor on held-out samples; arguments as in `choose`."""
-    return _accept(
-        label, _Form.of(s, weight, fit=fit, policy=policy), weight, fit=fit, held_out=held_out, policy=policy
-    )
+    return _accept(label, _Form.of(s, readers, fit=fit, policy=policy), fit=fit, held_out=held_out, policy=policy)
 
 
-def _accept(
-    label: str, form: _Form, weight: np.ndarray, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
-) -> Decision:
-    plain = _Form.of(np.ones_like(form.factors), weight, fit=fit, policy=policy)
-    exact = convolve(held_out, weight)
-    return Decision(label, form.factors, plain.error(held_out, exact), form.error(held_out, exact))
+def _accept(label: str, form: _Form, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy) -> Decision:
+    plain = _Form.of(np.ones_like(form.factors), form.readers, fit=fit, policy=policy)
+    exact = _outputs(held_out, form.readers)
+    layers = tuple(reader.site.name for reader in form.readers)
+    return Decision(layers, label, form.factors, plain.error(held_out, exact), form.error(held_out, exact))
 
 
-def output_error(s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, judge: np.ndarray, policy: Policy) -> float:
-    """sum (conv(Q(x / s), Q(w s)) - conv(x, w))^2 / sum conv(x, w)^2 over `judge`: relative, 0 for a perfect grid.
-
-    The activation range is that of fit / s. "Same" padding, stride 1, as in the second convolution of every block; a
-    bias would cancel.
+def output_error(
+    s: np.ndarray, readers: Sequence[Reader], *, fit: np.ndarray, judge: np.ndarray, policy: Policy
+) -> float:
+    """sum (op(Q(x / s), Q(w s)) - op(x, w))^2 / sum op(x, w)^2 over `judge`, averaged over the readers: relative, 0 for
+    perfect grids. The activation range is that of fit / s; a bias would cancel.
     """
-    return _Form.of(s, weight, fit=fit, policy=policy).error(judge, convolve(judge, weight))
+    return _Form.of(s, readers, fit=fit, policy=policy).error(judge, _outputs(judge, readers))
 
 
 @dataclass(frozen=True, eq=False)
 class _Form:
-    """A convolution quantized with one choice of factors; finding its grids and convolving are what takes the time."""
+    """The readers of an edge, quantized with one choice of factors; finding their grids is half of what takes time."""
 
     factors: np.ndarray
+    readers: Sequence[Reader]
     act_grid: Grid
-    weight: np.ndarray
+    quantized: Sequence[Reader]
 
     @classmethod
-    def of(cls, s: np.ndarray, weight: np.ndarray, *, fit: np.ndarray, policy: Policy) -> _Form:
-        act_grid = policy.act_grid(TensorStats.of(fit / s.reshape(1, -1, 1, 1), "smoothed activation"))
-        folded = fold_smoothing(weight, s)
-        return cls(s, act_grid, fake_quantize(folded, policy.weight_grid(folded, 0)))
+    def of(cls, s: np.ndarray, readers: Sequence[Reader], *, fit: np.ndarray, policy: Policy) -> _Form:
+        act_grid = policy.act_grid(TensorStats.of(_divided(fit, s, readers), "smoothed activation"))
+        quantized = []
+        for reader in readers:
+            folded = fold_smoothing(reader.weight, s, axis=reader.site.in_axis)
+            grid = policy.weight_grid(folded, reader.site.out_axis)
+            quantized.append(Reader(reader.site, fake_quantize(folded, grid)))
+        return cls(s, readers, act_grid, quantized)
 
-    def error(self, x: np.ndarray, exact: torch.Tensor) -> float:
-        """See output_error. exact: conv of x with the float weight."""
-        found = convolve(fake_quantize(x / self.factors.reshape(1, -1, 1, 1), self.act_grid), self.weight)
-        return relative_error(found, exact)
+    def error(self, x: np.ndarray, exact: Sequence[torch.Tensor]) -> float:
+        """See output_error. exact: what the float readers make of x."""
+        found = _outputs(fake_quantize(_divided(x, self.factors, self.readers), self.act_grid), self.quantized)
+        return float(np.mean(list(map(relative_error, found, exact))))
+
+
+def _divided(x: np.ndarray, s: np.ndarray, readers: Sequence[Reader]) -> np.ndarray:
+    return x / along(s, readers[0].site.channel_axis, x.ndim)
+
+
+def _outputs(x: np.ndarray, readers: Sequence[Reader]) -> list[torch.Tensor]:
+    return [layer_output(x, reader.site, reader.weight) for reader in readers]

@@ -66,6 +66,14 @@ def weighted_ops(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
                 yield node, weight
 
 
+def out_axis(node: ir.Node) -> int:
+    """The axis of output channels in the weight of a Conv, Gemm or MatMul."""
+    if node.op_type == "Conv":
+        return 0
+    transposed = node.attributes.get("transB")
+    return 0 if transposed is not None and transposed.as_int() else 1
+
+
 def quantized_ops(graph: ir.Graph) -> list[ir.Node]:
     """Every Conv, Gemm and MatMul whose weight is stored as integers, in graph order."""
     return [
