@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_export_passes import _FLOAT, small_network, small_plan
+from export_helpers import small_network, small_plan
+from test_export_passes import _FLOAT
 
 from qncd_deploy.errors import ExportError
 from qncd_deploy.export.passes.half import HalfRemainder
@@ -85,6 +86,20 @@ def test_plan_and_graph_must_agree():
         verify(model, MASTER, plan=fewer)
     InsertQDQ(fewer)(model := small_network())
     with pytest.raises(ExportError, match="last: planned but float"):
+        verify(model, MASTER, plan=plan)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_integers_must_be_levels_of_the_plan(asymmetric):
+    model = small_network()
+    plan, _ = small_plan(model, weight_bits=4, act_bits=6, asymmetric=asymmetric)
+    InsertQDQ(plan)(model)
+    verify(model, MASTER, plan=plan)
+    integers = model.graph.initializers["left_q"].const_value.numpy().copy()
+    top = plan["left"].weight_grid.qmax if not asymmetric else plan["left"].weight_grid.qmax[3]
+    integers[2, 3] = top + 1
+    set_initializer(model, "left_q", integers)
+    with pytest.raises(ExportError, match=r"left: 1 of 64 integers are not levels of its 4 bits\. Rule: integers are"):
         verify(model, MASTER, plan=plan)
 
 

@@ -89,6 +89,16 @@ def quantized_as_planned(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
         yield f"edge {name}: quantized but not planned."
 
 
+def integers_are_levels(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
+    """Fewer than 8 bits are a promise about values, which int8 does not keep by itself."""
+    for node in quantized_ops(model.graph):
+        if (name := _weight_name(node)) in plan and (layer := plan[name]).quantized:
+            integers = constant(node.inputs[1].producer().inputs[0])
+            low, high = layer.weight_grid.limits_like(integers.ndim)
+            if count := int(((integers < low) | (integers > high)).sum()):
+                yield f"{name}: {count} of {integers.size} integers are not levels of its {layer.weight_bits} bits."
+
+
 def _weight_name(node: ir.Node) -> str:
     return node.inputs[1].producer().inputs[0].name.removesuffix("_q")
 
@@ -171,6 +181,6 @@ _ALWAYS: tuple[Rule, ...] = (
     borders_are_float32,
 )
 FLOAT = _ALWAYS
-MASTER = (*_ALWAYS, quantized_as_planned, only_inputs_are_quantized, tensorrt_can_import)
+MASTER = (*_ALWAYS, quantized_as_planned, integers_are_levels, only_inputs_are_quantized, tensorrt_can_import)
 TENSORRT = (*MASTER, remainder_is_half)
-ONNXRUNTIME = (*_ALWAYS, quantized_as_planned, activations_are_unsigned, convolutions_can_fuse)
+ONNXRUNTIME = (*_ALWAYS, quantized_as_planned, integers_are_levels, activations_are_unsigned, convolutions_can_fuse)
