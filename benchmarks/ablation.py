@@ -19,23 +19,23 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from beside import beside_float
 
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import load_tables
 from qncd_deploy.evaluate.batches import Draw
-from qncd_deploy.evaluate.compare import Comparison, compare
+from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.judge import Figures
-from qncd_deploy.evaluate.store import Store
 from qncd_deploy.evaluate.variants import Variant
-from qncd_deploy.pipeline.evaluation import crew_of
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.fit import FitOptions, fit, merge_into
 from qncd_deploy.pipeline.options import ExportOptions
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import Bundle, Sampling
 
 ENGINE = "openvino"
 RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -46,22 +46,12 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 FORMATS, MORE_FORMATS = ("w8a8", "w4a8", "w4a6"), ("w4a4",)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """One way to sample."""
-
-    scheduler: str = "ddim"
-    n_steps: int = 20
-    eta: float = 0.0
-    guidance_scale: float = 1.5
-
-    def __str__(self) -> str:
-        eta = f", eta {self.eta:g}" if self.scheduler == "ddim" else ""
-        return f"{self.scheduler} {self.n_steps} steps{eta}, guidance {self.guidance_scale:g}"
-
-
-SAMPLINGS = (Sampling(), Sampling(eta=1.0))
-MORE_SAMPLINGS = (Sampling(guidance_scale=1.0), Sampling("plms"), Sampling("dpmpp-2m", n_steps=10))
+DDIM = Sampling(scheduler="ddim", n_steps=20, eta=0.0, guidance_scale=1.5)
+MORE_SAMPLINGS = (
+    replace(DDIM, guidance_scale=1.0),
+    replace(DDIM, scheduler="plms"),
+    replace(DDIM, scheduler="dpmpp-2m", n_steps=10),
+)
 
 
 def main() -> None:
@@ -77,16 +67,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.md"))
     given = parser.parse_args()
     formats = [*given.formats.split(","), *(MORE_FORMATS if given.full else ())]
-    samplings = [Sampling(eta=float(eta)) for eta in given.etas.split(",")]
+    samplings = [replace(DDIM, eta=float(eta)) for eta in given.etas.split(",")]
     samplings += MORE_SAMPLINGS if given.full else ()
     bars, found = Bars(), {}
     for number, network in enumerate(formats):
         bundles = {name: _bundle(given, network, name, recipe, bars) for name, recipe in RECIPES.items()}
         for sampling in samplings:
-            print(f"{network}, {sampling}  ({number + 1} of {len(formats)} formats)", flush=True)
+            print(f"{network}, {_words(sampling)}  ({number + 1} of {len(formats)} formats)", flush=True)
             found[network, sampling] = _row_group(given, bundles, sampling, bars)
             _write(given, found)
     print(given.out.read_text(encoding="utf-8"))
+
+
+def _words(sampling: Sampling) -> str:
+    eta = f", eta {sampling.eta:g}" if sampling.scheduler == "ddim" else ""
+    return f"{sampling.scheduler} {sampling.n_steps} steps{eta}, guidance {sampling.guidance_scale:g}"
 
 
 def _bundle(given: argparse.Namespace, network: str, name: str, recipe: Mapping[str, Any], bars: Bars) -> Bundle:
@@ -110,32 +105,15 @@ def _row_group(
     draw = Draw(
         given.pictures,
         seed=given.seed,
+        sampling=sampling,
         batch_size=16,
-        scheduler=sampling.scheduler,
-        n_steps=sampling.n_steps,
-        eta=sampling.eta,
-        guidance_scale=sampling.guidance_scale,
         threads=1 if given.ray else None,
     )
     tables = {name: _tables(bundle, sampling, bars) for name, bundle in bundles.items()}
     variants = list(_variants(bundles, tables, draw))
-    work = given.work / "pictures"
-    with (
-        crew_of(ray=given.ray) as crew,
-        Store.open(work, list(bundles.values()), keep=True) as store,
-        bars.stage("pictures") as tick,
-    ):
-        comparison = compare(
-            bundles["calibrated"],
-            variants,
-            draw,
-            backend=ENGINE,
-            shown=0,
-            traced=32,
-            store=store,
-            crew=crew,
-            on_progress=tick,
-        )
+    comparison = beside_float(
+        bundles["calibrated"], variants, draw, work=given.work / "pictures", bars=bars, ray=given.ray, traced=32
+    )
     taken = {}
     for variant in variants:
         if variant.correction == "auto":
@@ -146,17 +124,11 @@ def _row_group(
 
 def _tables(bundle: Bundle, sampling: Sampling, bars: Bars) -> Path:
     """Tables of every method for this bundle and way to sample, in a file beside it."""
-    words = "".join(c if c.isalnum() else "-" for c in str(sampling))
+    words = "".join(c if c.isalnum() else "-" for c in _words(sampling))
     path = bundle.path.parent / f"{bundle.path.name}-{words}.npz"
     if not path.exists():
-        options = FitOptions(
-            ENGINE,
-            scheduler=sampling.scheduler,
-            n_steps=sampling.n_steps,
-            eta=sampling.eta,
-            guidance_scale=sampling.guidance_scale,
-        )
         with bars.stage(f"corrections of {bundle.path.name}") as tick:
+            options = FitOptions(ENGINE, sampling=sampling)
             fitted = fit(bundle, options, bundle.path.parent / "fits" / path.stem, tick)
         merge_into(path, [fitted])
     return path
@@ -190,11 +162,11 @@ def _write(
         "`benchmarks/ablation.py`. `shift` decides; FID is to the data, and falls when noise is added.",
     ]
     for (network, sampling), (comparison, taken) in found.items():
-        lines += ["", f"## {network.upper()}, {sampling}", "", *_table(comparison, taken)]
+        lines += ["", f"## {network.upper()}, {_words(sampling)}", "", *_table(comparison, taken)]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [
-        {"format": network, "sampling": str(sampling), "auto": taken, **comparison.to_json()}
+        {"format": network, "sampling": _words(sampling), "auto": taken, **comparison.to_json()}
         for (network, sampling), (comparison, taken) in found.items()
     ]
     (given.work / "ablation.json").write_text(json.dumps(rows), encoding="utf-8")

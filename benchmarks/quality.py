@@ -13,11 +13,11 @@ import argparse
 import platform
 from pathlib import Path
 
+from beside import beside_float
+
 from qncd_deploy.cli.progress import Bars
-from qncd_deploy.evaluate.compare import Variant, compare
-from qncd_deploy.evaluate.judge import Draw
-from qncd_deploy.evaluate.store import Store
-from qncd_deploy.pipeline.evaluation import crew_of
+from qncd_deploy.evaluate.batches import Draw
+from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.options import ExportOptions
 
@@ -63,14 +63,7 @@ def main() -> None:
     ]
     draw = Draw(given.pictures, seed=given.seed, batch_size=32, threads=1 if given.ray else None)
     pictures = given.work / "quality-pictures"
-    with (
-        crew_of(ray=given.ray) as crew,
-        Store.open(pictures, list(bundles.values()), keep=True) as store,
-        bars.stage("pictures") as tick,
-    ):
-        found = compare(
-            bundles[CORRECTED], variants, draw, shown=0, traced=64, store=store, crew=crew, on_progress=tick
-        )
+    found = beside_float(bundles[CORRECTED], variants, draw, work=pictures, bars=bars, ray=given.ray, traced=64)
     float_ = found.reference
     lines = [
         f"# Quality of the demo at {given.format.upper()}, {given.pictures} pictures of seed {given.seed}",

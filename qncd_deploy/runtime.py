@@ -39,6 +39,20 @@ from qncd_deploy.steps import SamplerConfig
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A way to sample, for which correction tables are fitted; None is the bundle's own choice. See Bundle.settled."""
+
+    scheduler: str | None = None
+    n_steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+
+
+AS_EXPORTED = Sampling()
+"""The bundle's own way."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle on disk whose manifest was read and whose files were checked."""
@@ -119,6 +133,16 @@ class Bundle:
                 "one, name it with `qncd export --null-class K`; else use --guidance-scale 1."
             )
         return scale
+
+    def settled(self, sampling: Sampling) -> Sampling:
+        """The same with nothing left open. Raises as sampler_config and guidance do."""
+        config = self.sampler_config(scheduler=sampling.scheduler, n_steps=sampling.n_steps, eta=sampling.eta)
+        return Sampling(
+            scheduler=config.scheduler,
+            n_steps=config.n_steps,
+            eta=config.eta,
+            guidance_scale=self.guidance(sampling.guidance_scale),
+        )
 
     def sampler(
         self,

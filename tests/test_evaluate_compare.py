@@ -22,7 +22,7 @@ from qncd_deploy.bundle import read_manifest, write_manifest
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.evaluate.compare import REFERENCE, Draw, Variant, compare
 from qncd_deploy.files import canonical_json
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import Bundle, Sampling
 from qncd_deploy.schedule import Schedule
 
 DEMO = Path(__file__).parents[1] / "calib_data/fashion-ldm"
@@ -83,11 +83,12 @@ def test_the_same_comparison_twice_gives_the_same_figures(bundle: Bundle) -> Non
 
 
 def test_options_of_the_draw_reach_every_sampler(bundle: Bundle) -> None:
-    draw = Draw(2, scheduler="plms", n_steps=5, guidance_scale=1.0, labels=(2,))
+    draw = Draw(2, sampling=Sampling(scheduler="plms", n_steps=5, guidance_scale=1.0), labels=(2,))
     found = compare(bundle, [Variant("w8a8", "onnxruntime")], draw, teacher_forced=False)
     assert found.reference.calls == found["w8a8"].calls == 6
     assert found.labels == (2, 2)
-    other = compare(bundle, [Variant("w8a8", "onnxruntime")], replace(draw, guidance_scale=3.0), teacher_forced=False)
+    more = replace(draw, sampling=replace(draw.sampling, guidance_scale=3.0))
+    other = compare(bundle, [Variant("w8a8", "onnxruntime")], more, teacher_forced=False)
     assert np.any(other.images[REFERENCE] != found.images[REFERENCE])
 
 

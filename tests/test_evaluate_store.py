@@ -28,7 +28,7 @@ from qncd_deploy.evaluate.crew import Task
 from qncd_deploy.evaluate.features import Description, Lens
 from qncd_deploy.evaluate.store import Store, batch_facts, key_of
 from qncd_deploy.evaluate.variants import Variant
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import Bundle, Sampling
 
 OFF = Variant("off", "onnxruntime", correction="off")
 
@@ -93,10 +93,10 @@ def test_the_key_knows_all_that_decides_a_batch(bundle: Bundle, tmp_path: Path) 
         key(replace(draw, seed=1)),
         key(replace(draw, labels=(1,))),
         key(replace(draw, batch_size=2)),
-        key(replace(draw, n_steps=5)),
-        key(replace(draw, scheduler="euler")),
-        key(replace(draw, eta=0.5)),
-        key(replace(draw, guidance_scale=1.0)),
+        key(replace(draw, sampling=Sampling(n_steps=5))),
+        key(replace(draw, sampling=Sampling(scheduler="euler"))),
+        key(replace(draw, sampling=Sampling(eta=0.5))),
+        key(replace(draw, sampling=Sampling(guidance_scale=1.0))),
         key(variant=replace(OFF, backend="openvino")),
         key(variant=replace(OFF, backend="openvino", remainder="bf16")),
         key(variant=Variant("float", "onnxruntime", float_twin=True)),

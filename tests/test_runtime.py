@@ -22,7 +22,7 @@ from qncd_deploy.bundle import ConditionFacts, Manifest, ModelFacts, read_manife
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, save_tables  # noqa: E402
 from qncd_deploy.errors import BundleError, EngineError, ScheduleError, UsageError  # noqa: E402
 from qncd_deploy.pictures import Pictures  # noqa: E402
-from qncd_deploy.runtime import Bundle  # noqa: E402
+from qncd_deploy.runtime import Bundle, Sampling  # noqa: E402
 from qncd_deploy.schedule import Schedule  # noqa: E402
 from qncd_deploy.specs import TensorSpec  # noqa: E402
 
@@ -145,6 +145,8 @@ def test_options_replace_the_bundles_own(folder: Path) -> None:
         assert sampler.config.eta == 1.0
         assert sampler.sample(1).latents.shape == (1, 8, 16, 16)
     assert bundle.sampler_config(scheduler="ddpm").eta == 0.0
+    settled = bundle.settled(Sampling(n_steps=6))
+    assert settled == bundle.settled(settled) == Sampling(scheduler="ddim", n_steps=6, eta=0.0, guidance_scale=1.5)
     with pytest.raises(ScheduleError, match="n_steps 0"):
         bundle.sampler("onnxruntime", n_steps=0)
     with pytest.raises(UsageError, match="batch size 0: expected 1 or more"):
@@ -315,7 +317,7 @@ def test_sampling_needs_no_torch_onnx_or_diffusers(folder: Path, tmp_path: Path)
         sys.modules.update(dict.fromkeys(absent))  # importing one raises ImportError
         from pathlib import Path
         from qncd_deploy.pictures import save_pictures
-        from qncd_deploy.runtime import Bundle
+        from qncd_deploy.runtime import Bundle, Sampling
         for backend in ("openvino", "onnxruntime"):
             with Bundle.open({str(folder)!r}).sampler(backend) as sampler:
                 save_pictures(Path({str(tmp_path)!r}) / f"{{backend}}.png", sampler.sample(2))

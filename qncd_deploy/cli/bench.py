@@ -16,6 +16,7 @@ from qncd_deploy.cli.options import (
     engine_dir_option,
     json_option,
     print_json,
+    results_option,
     threads_option,
     typed_command,
 )
@@ -28,6 +29,8 @@ from qncd_deploy.evaluate.compare import Variant
 from qncd_deploy.evaluate.judge import Draw
 from qncd_deploy.pipeline.results import check_output, write_results
 from qncd_deploy.runtime import Bundle
+
+JSON = "bench.json"
 
 
 @click.command("bench")
@@ -61,13 +64,7 @@ from qncd_deploy.runtime import Bundle
 @click.option("--require-speedup", type=float, metavar="X", help="Exit code 3 if the speedup is less.")
 @threads_option
 @engine_dir_option
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=PATH,
-    help="A .json, or a folder for bench.json and, with the report extra, report.html.",
-)
+@results_option(JSON)
 @json_option
 def bench_command(
     bundle: Path,
@@ -114,7 +111,7 @@ def bench_command(
         )
     facts = result.to_json()
     if out is not None:
-        write_results(out, opened, facts, name="bench.json", bench=result, command=typed_command())
+        write_results(out, opened, facts, name=JSON, bench=result, command=typed_command())
     if as_json:
         print_json(facts)
     else:

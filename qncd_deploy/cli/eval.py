@@ -15,13 +15,16 @@ from rich.console import Console
 from qncd_deploy.cli.options import (
     PATH,
     backend_option,
+    batch_size_option,
     bundle_argument,
+    class_label_option,
     compiled_blobs,
     engine_dir_option,
     fitted_tables,
     json_option,
     print_json,
     remainder_option,
+    results_option,
     sampling_options,
     threads_option,
     typed_command,
@@ -48,9 +51,7 @@ _PLAIN_WIDTH = 240  # where there is no terminal
 @click.option("-n", "--eval-size", "count", type=click.IntRange(2), default=500, help="Pictures. FID wants thousands.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures.")
 @click.option("--first", type=click.IntRange(0), default=0, metavar="K", help="Number of the first picture.")
-@click.option(
-    "--class-label", metavar="K|K,K,...|all", help="Classes to take turns.  [default: picture i is class i mod classes]"
-)
+@class_label_option
 @sampling_options
 @backend_option
 @remainder_option
@@ -62,7 +63,7 @@ _PLAIN_WIDTH = 240  # where there is no terminal
     help="auto, off, a fitted method, or all: every one that was fitted for this way to sample. Repeatable; the gates "
     "are about the first.  [default: auto, off]",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: 16, less for large ones]")
+@batch_size_option
 @click.option(
     "--features",
     type=PATH,
@@ -99,13 +100,7 @@ _PLAIN_WIDTH = 240  # where there is no terminal
 @click.option("--keep", is_flag=True, help="Leave them there: a larger evaluation or another method then starts there.")
 @threads_option
 @engine_dir_option
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=PATH,
-    help="A .json, or a folder for eval.json and, with the report extra, report.html.",
-)
+@results_option(JSON)
 @click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful.")
 @click.option("--require-shift-below", type=float, metavar="X", help="Exit code 3 if the distribution shifts this far.")
 @json_option
@@ -144,7 +139,9 @@ def _options(bundle: Bundle, path: Path, flags: Mapping[str, Any]) -> EvalOption
         seed=flags["seed"],
         first=flags["first"],
         labels=None if label is None else parse_labels(label, bundle.manifest.model.condition),
-        **{name: flags[name] for name in ("batch_size", "scheduler", "n_steps", "eta", "guidance_scale", "threads")},
+        sampling=flags["sampling"],
+        batch_size=flags["batch_size"],
+        threads=flags["threads"],
     )
     backend = flags["backend"] or default_backend()
     shelf = flags["engine_dir"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qncd_deploy.engines.base import BACKENDS
+from qncd_deploy.runtime import Sampling
 from qncd_deploy.schedule import SCHEDULERS
 
 PATH = click.Path(path_type=Path)  # type: ignore[type-var]
@@ -48,7 +51,13 @@ threads_option = click.option("--threads", type=click.IntRange(1), help="CPU thr
 engine_dir_option = click.option(
     "--engine-dir", type=PATH, default=Path("engines"), help="Where compiled engines and their tables lie."
 )
-sampling_options = together(
+class_label_option = click.option(
+    "--class-label", metavar="K|K,K,...|all", help="Classes to take turns.  [default: picture i is class i mod classes]"
+)
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: 16, less for large ones]"
+)
+_sampling_options = together(
     click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the bundle's own]"),
     click.option("--n-steps", type=int, help="Sampling steps.  [default: the bundle's own]"),
     click.option("--eta", type=float, help="Noise of ddim, 0 to 1.  [default: the bundle's own]"),
@@ -56,6 +65,23 @@ sampling_options = together(
         "--guidance-scale", type=float, help="Classifier-free guidance, 1 is off.  [default: the bundle's own]"
     ),
 )
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The four that say how to sample, which the command is handed as one value, `sampling`."""
+    names = [field.name for field in fields(Sampling)]
+
+    @functools.wraps(command)
+    def gathered(*args: Any, **flags: Any) -> Any:
+        return command(*args, sampling=Sampling(**{name: flags.pop(name) for name in names}), **flags)
+
+    return _sampling_options(gathered)
+
+
+def results_option(name: str) -> Decorator:
+    """-o of a command that measures. name: of the file that it writes into a folder."""
+    words = f"A .json, or a folder for {name} and, with the report extra, report.html."
+    return click.option("-o", "--output", "out", type=PATH, help=words)
 
 
 def typed_command() -> str:

@@ -9,7 +9,9 @@ import click
 from qncd_deploy.cli.options import (
     PATH,
     backend_option,
+    batch_size_option,
     bundle_argument,
+    class_label_option,
     compiled_blobs,
     engine_dir_option,
     fitted_tables,
@@ -20,12 +22,15 @@ from qncd_deploy.cli.options import (
     threads_option,
 )
 from qncd_deploy.cli.progress import Bars
+from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
+from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.contest import OBJECTIVES
+from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pictures import check_output, save_pictures
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import Bundle, Sampling
 from qncd_deploy.sampler import parse_labels
 
 
@@ -33,9 +38,7 @@ from qncd_deploy.sampler import parse_labels
 @bundle_argument
 @click.option("-n", "count", type=click.IntRange(1), default=16, help="How many pictures.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Picture i depends on (seed, i) alone.")
-@click.option(
-    "--class-label", metavar="K|K,K,...|all", help="Classes to take turns.  [default: picture i is class i mod classes]"
-)
+@class_label_option
 @sampling_options
 @backend_option
 @click.option("--float", "float_twin", is_flag=True, help="The float network instead, in float32.")
@@ -45,7 +48,7 @@ from qncd_deploy.sampler import parse_labels
     help=f"auto (what was chosen on held-out pictures), off, or a fitted method: {', '.join(METHODS)}.",
 )
 @remainder_option
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: 16, less for large ones]")
+@batch_size_option
 @threads_option
 @engine_dir_option
 @click.option(
@@ -62,10 +65,7 @@ def sample_command(
     count: int,
     seed: int,
     class_label: str | None,
-    scheduler: str | None,
-    n_steps: int | None,
-    eta: float | None,
-    guidance_scale: float | None,
+    sampling: Sampling,
     backend: str | None,
     float_twin: bool,
     correction: str,
@@ -82,28 +82,25 @@ def sample_command(
     labels = None if class_label is None else parse_labels(class_label, opened.manifest.model.condition)
     backend = backend or default_backend()
     engine_id = make_engine_id(backend, "f32" if float_twin else remainder)
-    sampler = opened.sampler(
+    network = "float" if float_twin else opened.manifest.format
+    variant = Variant(
+        network,
         backend,
+        correction,
         float_twin=float_twin,
-        correction=correction,
-        batch_size=batch_size,
-        scheduler=scheduler,
-        n_steps=n_steps,
-        eta=eta,
-        guidance_scale=guidance_scale,
         remainder=remainder,
-        threads=threads,
-        tables=fitted_tables(engine_dir, bundle),
-        blobs=() if float_twin else compiled_blobs(engine_dir, bundle, engine_id),
+        tables=tuple(fitted_tables(engine_dir, bundle)),
+        blobs=() if float_twin else tuple(compiled_blobs(engine_dir, bundle, engine_id)),
     )
+    draw = Draw(count, seed=seed, labels=labels, sampling=sampling, batch_size=batch_size, threads=threads)
     extra_calls = 0
-    with sampler, Bars().stage("sampling") as tick:
+    with variant.open(opened, draw) as sampler, Bars().stage("sampling") as tick:
         steps, done = len(sampler.steps), 0
 
-        def count_call(state: object) -> None:
+        def count_call(state: State) -> None:
             nonlocal done, extra_calls
-            done += len(state.x)  # type: ignore[attr-defined]
-            extra_calls = max(extra_calls, state.extra_calls)  # type: ignore[attr-defined]
+            done += len(state.x)
+            extra_calls = max(extra_calls, state.extra_calls)
             tick(done, count * steps)
 
         pictures = sampler.sample(count, labels=labels, seed=seed, on_state=count_call)
@@ -113,7 +110,7 @@ def sample_command(
             "pictures": len(pictures),
             "seed": seed,
             "engine": engine_id,
-            "network": "float" if float_twin else opened.manifest.format,
+            "network": network,
             "correction": sampler.table.method,
             "network_calls": steps + extra_calls,
             "extra_calls": extra_calls,
@@ -146,10 +143,7 @@ def sample_command(
 @json_option
 def fit_command(
     bundle: Path,
-    scheduler: str | None,
-    n_steps: int | None,
-    eta: float | None,
-    guidance_scale: float | None,
+    sampling: Sampling,
     backend: str | None,
     remainder: Remainder | None,
     objective: str,
@@ -168,10 +162,7 @@ def fit_command(
     options = FitOptions(
         backend,
         remainder=remainder,
-        scheduler=scheduler,
-        n_steps=n_steps,
-        eta=eta,
-        guidance_scale=guidance_scale,
+        sampling=sampling,
         objective=objective,
         size=fit_size,
         seed=seed,

@@ -19,6 +19,7 @@ from qncd_deploy.correct.fitting import State
 from qncd_deploy.evaluate.features import Description, Lens
 from qncd_deploy.evaluate.metrics import power
 from qncd_deploy.pictures import Pictures
+from qncd_deploy.runtime import AS_EXPORTED, Sampling
 from qncd_deploy.sampler import Sampler
 
 Tick = Callable[[int], None]
@@ -29,18 +30,16 @@ Tick = Callable[[int], None]
 class Draw:
     """Which pictures are drawn, and how; None is the bundle's own choice.
 
-    Pictures first .. first + count - 1 of `seed`;  labels: see Sampler.sample.
+    Pictures first .. first + count - 1 of `seed`;  labels: see Sampler.sample;  batch_size, threads: see
+    Bundle.sampler.
     """
 
     count: int
     seed: int = 0
     first: int = 0
     labels: tuple[int, ...] | None = None
+    sampling: Sampling = AS_EXPORTED
     batch_size: int | None = None
-    scheduler: str | None = None
-    n_steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
     threads: int | None = None
 
     @property

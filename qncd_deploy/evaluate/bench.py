@@ -178,14 +178,7 @@ class _Entrant:
 
 def _settled(draw: Draw, bundle: Bundle) -> Draw:
     """The draw with nothing left open that would make a call or a picture another one for another bundle."""
-    config = bundle.sampler_config(scheduler=draw.scheduler, n_steps=draw.n_steps, eta=draw.eta)
-    return replace(
-        draw,
-        scheduler=config.scheduler,
-        n_steps=config.n_steps,
-        eta=config.eta,
-        guidance_scale=bundle.guidance(draw.guidance_scale),
-    )
+    return replace(draw, sampling=bundle.settled(draw.sampling))
 
 
 def _rows(sampler: Sampler) -> int:

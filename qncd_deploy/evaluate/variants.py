@@ -35,17 +35,17 @@ class Variant:
 
     def open(self, bundle: Bundle, draw: Draw) -> Sampler:
         """A sampler of this variant. Raises as Bundle.sampler does; UsageError for a bundle of another network."""
-        own = self.bundle or bundle
+        own, sampling = self.bundle or bundle, draw.sampling
         require_same_network(bundle, own)
         return own.sampler(
             self.backend,
             float_twin=self.float_twin,
-            correction="off" if self.float_twin else self.correction,
+            correction=self.correction,
             batch_size=draw.batch_size,
-            scheduler=draw.scheduler,
-            n_steps=draw.n_steps,
-            eta=draw.eta,
-            guidance_scale=draw.guidance_scale,
+            scheduler=sampling.scheduler,
+            n_steps=sampling.n_steps,
+            eta=sampling.eta,
+            guidance_scale=sampling.guidance_scale,
             remainder=self.remainder,
             threads=draw.threads,
             tables=self.tables,

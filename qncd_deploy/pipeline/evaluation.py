@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,13 @@ def evaluate(bundle: Bundle, options: EvalOptions, tick: Tick) -> Comparison:
 def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison) -> dict[str, Any]:
     """The figures and what they are of, in plain values."""
     draw = options.draw
-    config = bundle.sampler_config(scheduler=draw.scheduler, n_steps=draw.n_steps, eta=draw.eta)
     return {
         "bundle": bundle.path.resolve().name,
         "pictures": draw.count,
         "seed": draw.seed,
         "first": draw.first,
         "labels": draw.labels,
-        "scheduler": config.scheduler,
-        "n_steps": config.n_steps,
-        "eta": config.eta,
-        "guidance_scale": bundle.guidance(draw.guidance_scale),
+        **asdict(bundle.settled(draw.sampling)),
         "features": None if options.features is None else options.features.name,
         **comparison.to_json(),
     }

@@ -23,13 +23,15 @@ from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
 from qncd_deploy.engines.base import Remainder, backend_status, default_backend, find_backend, make_engine_id
 from qncd_deploy.errors import CalibrationError, UsageError
+from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.contest import OBJECTIVES, OFF, Contest
 from qncd_deploy.evaluate.features import FeatureNetwork
+from qncd_deploy.evaluate.variants import REFERENCE, Variant
 from qncd_deploy.files import canonical_json
 from qncd_deploy.pipeline.arena import Arena
 from qncd_deploy.pipeline.choose import CONFIDENCE, Choice, choose
 from qncd_deploy.pipeline.progress import Tick
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import AS_EXPORTED, Bundle, Sampling
 from qncd_deploy.sampler import Sampler, default_batch
 from qncd_deploy.specs import EpsModel
 from qncd_deploy.study import RecordedStudy, Setting
@@ -50,17 +52,16 @@ class Fitted(Contest):
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What to fit for; None is the bundle's own. methods: of METHODS, None for all. shortlist: of these, the ones that
-    auto chooses among, None for all. size: pictures to fit on; the choice is made on twice as many. blobs: what
-    `qncd build` compiled, since tables are of the engine that runs them.
+    """What to fit for; None is the bundle's own choice.
+
+    methods: of METHODS, None for all;  shortlist: of these, the ones that auto chooses among, None for all;  size:
+    pictures to fit on, the choice is made on twice as many;  blobs: what `qncd build` compiled, since tables are of the
+    engine that runs them.
     """
 
     backend: str
     remainder: Remainder | None = None
-    scheduler: str | None = None
-    n_steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
+    sampling: Sampling = AS_EXPORTED
     methods: tuple[str, ...] | None = None
     shortlist: tuple[str, ...] | None = None
     objective: str = "shift"
@@ -79,10 +80,6 @@ class FitOptions:
             raise UsageError(f"--fit-size {self.size}: expected 2 or more.")
 
     @property
-    def fit_pictures(self) -> range:
-        return range(FIRST_FIT_PICTURE, FIRST_FIT_PICTURE + self.size)
-
-    @property
     def choice_pictures(self) -> range:
         return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + 2 * self.size)
 
@@ -99,26 +96,23 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
     Raises: EngineError, ScheduleError or CalibrationError as the sampler and the fits do; a method that cannot be
     fitted is an error only if no other is asked for.
     """
-    opened: dict[str, Any] = {
-        "scheduler": options.scheduler,
-        "n_steps": options.n_steps,
-        "eta": options.eta,
-        "guidance_scale": options.guidance_scale,
-        "threads": options.threads,
+    draw = Draw(
+        options.size,
+        seed=options.seed,
+        first=FIRST_FIT_PICTURE,
+        sampling=options.sampling,
         # few pictures, small batches: every number of rows is a network to compile
-        "batch_size": options.batch_size or min(options.size, default_batch(bundle.manifest.model.latent_shape)),
-    }
+        batch_size=options.batch_size or min(options.size, default_batch(bundle.manifest.model.latent_shape)),
+        threads=options.threads,
+    )
+    # one float reference for all CPU engines: their float twins agree to rounding
+    twin = _twin_backend(options.backend)
+    quantized = Variant(OFF, options.backend, OFF, remainder=options.remainder, blobs=options.blobs)
     with ExitStack() as stack:
-        # one float reference for all CPU engines: their float twins agree to rounding
-        twin = _twin_backend(options.backend)
-        exact = stack.enter_context(bundle.sampler(twin, float_twin=True, **opened))
-        plain = stack.enter_context(
-            bundle.sampler(
-                options.backend, correction="off", remainder=options.remainder, blobs=options.blobs, **opened
-            )
-        )
+        exact = stack.enter_context(Variant(REFERENCE, twin, float_twin=True).open(bundle, draw))
+        plain = stack.enter_context(quantized.open(bundle, draw))
         done = _Work(tick, options, calls=len(plain.steps))
-        study = _recorded(bundle, exact, plain, options, work, done)
+        study = _recorded(bundle, exact, plain, draw, work, done)
         fitted, refused = _fit_all(study, options)
         features = None
         if options.objective == "shift":
@@ -202,23 +196,19 @@ class _Work:
         return predict
 
 
-def _recorded(
-    bundle: Bundle, exact: Sampler, plain: Sampler, options: FitOptions, work: Path, done: _Work
-) -> RecordedStudy:
-    pictures = options.fit_pictures
-    setting = Setting(
-        plain.network.schedule, plain.config, pictures, options.seed, tuple(plain.network.facts.latent_shape)
-    )
+def _recorded(bundle: Bundle, exact: Sampler, plain: Sampler, draw: Draw, work: Path, done: _Work) -> RecordedStudy:
+    shape = tuple(plain.network.facts.latent_shape)
+    setting = Setting(plain.network.schedule, plain.config, draw.indices, draw.seed, shape)
     exact_network, network = (
-        done.counted(sampler.model_for(pictures, batch_size=sampler.batch_size)) for sampler in (exact, plain)
+        done.counted(sampler.model_for(draw.indices, batch_size=sampler.batch_size)) for sampler in (exact, plain)
     )
-    folders = [work / _recording(bundle, sampler, options) for sampler in (exact, plain)]
+    folders = [work / _recording(bundle, sampler, draw) for sampler in (exact, plain)]
     study = RecordedStudy(setting, exact_network, network, *folders)
     study.record()
     return study
 
 
-def _recording(bundle: Bundle, sampler: Sampler, options: FitOptions) -> str:
+def _recording(bundle: Bundle, sampler: Sampler, draw: Draw) -> str:
     """A name for what this sampler's network says of the pictures to fit on: a hash of everything that decides it."""
     key = sampler.table.key
     held = bundle.manifest.files
@@ -228,7 +218,7 @@ def _recording(bundle: Bundle, sampler: Sampler, options: FitOptions) -> str:
         "model": asdict(bundle.manifest.model),
         "files": {role: held[name].sha256 for role, name in bundle.manifest.roles.items() if role in _CONDITIONS},
         "version": backend_status(find_backend(key.backend.rpartition("-")[0])).version,
-        "pictures": [options.size, options.seed],
+        "pictures": [draw.count, draw.seed],
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
 
