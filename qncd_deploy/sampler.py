@@ -157,9 +157,16 @@ class Sampler:
 
     def on_host(self, state: State) -> State:
         """A state with NumPy arrays, its memory left out; on a GPU, waits until they are computed."""
-        arrays = {name: self._arrays.get(getattr(state, name)) for name in ("x_in", "raw", "eps", "x")}
-        m = state.m if state.m is None or isinstance(state.m, float) else self._arrays.get(state.m)
-        return replace(state, **arrays, memory=Memory(), m=m)
+        get = self._arrays.get
+        return replace(
+            state,
+            x_in=get(state.x_in),
+            raw=get(state.raw),
+            eps=get(state.eps),
+            x=get(state.x),
+            memory=Memory(),
+            m=state.m if state.m is None or isinstance(state.m, float) else get(state.m),
+        )
 
     def model_for(
         self,

@@ -171,7 +171,9 @@ class FreeRun:
     def output(self, fix: StepFix = _NOTHING) -> np.ndarray:
         """See Run.output."""
         added = fix.x_add
-        x = self.x + (added.reshape(-1, 1, 1) if getattr(added, "ndim", 0) == 1 else added)
+        if isinstance(added, np.ndarray) and added.ndim == 1:
+            added = added.reshape(-1, 1, 1)
+        x = self.x + added
         return self._predict(x, self.step.t if fix.t_model is None else fix.t_model)
 
     def advance(self, fix: StepFix = _NOTHING) -> State:

@@ -78,7 +78,7 @@ class Recipe:
     model_sha256: str
     schedule: Schedule
     sampler: SamplerConfig
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     size: int
     calls: int
     condition: ConditionRows | None = None

@@ -175,7 +175,7 @@ def _command_line() -> str:
         value = context.params.get(parameter.name or "")
         if context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.DEFAULT or value is None:
             continue
-        if isinstance(parameter, click.Argument):
+        if not isinstance(parameter, click.Option):
             parts.append(str(value))
         elif parameter.is_flag:
             parts.append(parameter.opts[0])

@@ -79,8 +79,8 @@ def inspect_command(
         console.print(f"engine {path.name}: {engine.table.line()}")
         for layer in engine.table.missed:
             console.print(f"    planned quantized, but runs otherwise: {layer}")
-        for kernel in engine.table.kernels if kernels else ():
-            console.print(_kernel_line(**asdict(kernel)))
+        for each in engine.table.kernels if kernels else ():
+            console.print(_kernel_line(**asdict(each)))
 
 
 def _kernel_line(*, op: str, precision: str, implementation: str, count: int) -> str:
@@ -136,10 +136,7 @@ def _corrections(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _kernels(bundle: Bundle, backend: str | None, remainder: Remainder | None) -> list[dict[str, Any]]:
     with bundle.sampler(backend, remainder=remainder, correction="off") as sampler:
-        return [
-            {"op": k.op, "precision": k.precision, "implementation": k.implementation, "count": k.count}
-            for k in sampler.kernels()
-        ]
+        return [asdict(kernel) for kernel in sampler.kernels()]
 
 
 @click.command("verify")

@@ -65,14 +65,22 @@ class Pairs:
 
 
 class Run(Protocol):
-    """A sampler on all pictures of a study, one call at a time; a row may be chosen knowing all before it.
+    """A sampler on all pictures of a study, one call at a time; a row may be chosen knowing all before it."""
 
-    call, step: of the next network call;  x: (N, C, H, W) float32, the state before it.
-    """
+    @property
+    def call(self) -> int:
+        """Index of the next network call."""
+        ...
 
-    call: int
-    step: Step
-    x: np.ndarray
+    @property
+    def step(self) -> Step:
+        """The sampler's untouched row of that call."""
+        ...
+
+    @property
+    def x(self) -> np.ndarray:
+        """The state before that call, (N, C, H, W) float32."""
+        ...
 
     def output(self, fix: StepFix = ...) -> np.ndarray:
         """The network's raw output at the input that this row asks for (x_add, t_model), (N, C, H, W). Changes
@@ -85,21 +93,35 @@ class Run(Protocol):
 
 
 class Study(Protocol):
-    """Everything measured for one way to sample; fit functions read it and return one row per network call.
+    """Everything measured for one way to sample; fit functions read it and return one row per network call."""
 
-    schedule, config    what the steps are made from
-    steps               the sampler's untouched rows
-    prediction          what the raw outputs stand for
-    pictures            how many pictures
-    exact_network       the float network for these pictures
-    """
+    @property
+    def schedule(self) -> Schedule:
+        """What the steps are made from, with the config."""
+        ...
 
-    schedule: Schedule
-    config: SamplerConfig
-    steps: Sequence[Step]
-    prediction: Prediction
-    pictures: int
-    exact_network: EpsModel
+    @property
+    def config(self) -> SamplerConfig: ...
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        """The sampler's untouched rows."""
+        ...
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the raw outputs stand for."""
+        ...
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures."""
+        ...
+
+    @property
+    def exact_network(self) -> EpsModel:
+        """The float network for these pictures."""
+        ...
 
     def pairs(self) -> Iterator[Pairs]:
         """The teacher-forced pairs of every call, in order; may be asked for again."""

@@ -45,7 +45,7 @@ class Moments:
         error = pairs.error
 
         def mean(values: np.ndarray, where: np.ndarray | bool = True) -> np.ndarray:
-            return np.mean(values, axis=axis, dtype=np.float64, keepdims=True, where=where)
+            return np.asarray(values.mean(axis=axis, dtype=np.float64, keepdims=True, where=where))
 
         kept: np.ndarray | bool = True
         if trim:

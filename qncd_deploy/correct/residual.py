@@ -25,7 +25,8 @@ def update_variances(steps: Sequence[Step], var: Sequence[float], *, prediction:
 
     0 for an update from a state without signal, of which eps says nothing.
     """
-    variances, remembered = [], []
+    variances: list[float] = []
+    remembered: list[int] = []
     for call, step in enumerate(steps):
         here = output_per_eps(step.abar, prediction)
         if here == 0:

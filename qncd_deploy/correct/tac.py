@@ -108,7 +108,7 @@ def _factor(pairs: Pairs, lambda1: float, lambda2: float, thr: float) -> np.ndar
     weight = (1 - lambda1) / power + lambda1 / (np.square(pairs.e) + _RELATIVE_FLOOR**2 * power)
 
     def total(values: np.ndarray) -> np.ndarray:
-        return np.sum(values, axis=(0, 2, 3), dtype=np.float64, where=chosen)
+        return np.asarray(values.sum(axis=(0, 2, 3), dtype=np.float64, where=chosen))
 
     prior = lambda2 * chosen.sum(axis=(0, 2, 3))
     along, squared = total(weight * pairs.q * pairs.e) + prior, total(weight * pairs.q * pairs.q) + prior

@@ -26,7 +26,7 @@ def fit(study: Study, *, lambda1: float = LAMBDA1) -> tuple[StepFix, ...]:
     """One (C,) factor a call. Raises CalibrationError as checked_pairs does."""
     rows = []
     for pairs in checked_pairs(study, method="tcec", per="channel"):
-        along = np.sum(pairs.q * pairs.error, axis=(0, 2, 3), dtype=np.float64)
-        power = np.sum(np.square(pairs.q), axis=(0, 2, 3), dtype=np.float64)
+        along = (pairs.q * pairs.error).sum(axis=(0, 2, 3), dtype=np.float64)
+        power = np.square(pairs.q).sum(axis=(0, 2, 3), dtype=np.float64)
         rows.append(StepFix(a=1 - ratio(along, (1 + lambda1) * power)))
     return tuple(rows)

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,22 @@ def trtexec_lines(bundle: Bundle, folder: Path, request: BuildRequest) -> tuple[
 def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int | None) -> Built:
     engine_id = make_engine_id(request.backend, request.remainder)
     planned = sum(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
-    options = {
-        "remainder": request.remainder,
-        "batch_size": batch_size,
-        "threads": request.threads,
-        "correction": "off",
-    }
+    opened = partial(
+        bundle.sampler,
+        request.backend,
+        remainder=request.remainder,
+        batch_size=batch_size,
+        threads=request.threads,
+        correction="off",
+    )
     version = backend_status(find_backend(request.backend)).version
-    with bundle.sampler(request.backend, **options) as sampler:
+    with opened() as sampler:
         device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
         path = folder / f"{engine_id}-{version}-{device}-b{sampler.batch_size}.blob"
         seconds, kernels = None, None
         if path.exists():
             try:
-                with bundle.sampler(request.backend, blobs=[path], **options) as held:
+                with opened(blobs=[path]) as held:
                     kernels = held.kernels()
             except EngineError:
                 pass  # of another graph, library or device: made again below

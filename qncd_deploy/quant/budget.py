@@ -57,7 +57,8 @@ def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, str]
     other layers are predicted to make more than TOO_NOISY of the output's power.
     """
     noise, macs = sum(cost.noise for cost in costs), sum(cost.macs for cost in costs)
-    left_noise, spent, chosen = noise, 0, {}
+    left_noise, spent = noise, 0
+    chosen: dict[str, str] = {}
     for cost in sorted(costs, key=lambda cost: cost.noise / max(cost.macs, 1), reverse=True):
         share = cost.noise / noise if noise else 0.0
         allowed = max(budget, LARGEST_BUDGET) if left_noise > TOO_NOISY else budget

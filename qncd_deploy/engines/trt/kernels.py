@@ -80,8 +80,8 @@ class Layer:
     @property
     def operands(self) -> tuple[str, str]:
         """Types of the two that it multiplies; "" where it does not tell."""
-        first, *rest = (*self.data, *self.weights, "", "")
-        return first, self.weights[0] if self.weights and len(self.data) == 1 else rest[0]
+        first, second, *_ = (*self.data, *self.weights, "", "")
+        return first, self.weights[0] if self.weights and len(self.data) == 1 else second
 
     @property
     def precision(self) -> str:

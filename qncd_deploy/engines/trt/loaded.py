@@ -176,7 +176,9 @@ class LoadedEngine:
         return tuple(low), tuple(high)
 
     def _specs(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-        engine, inputs, outputs = self._engine, {}, {}
+        engine = self._engine
+        inputs: dict[str, TensorSpec] = {}
+        outputs: dict[str, TensorSpec] = {}
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             kind = engine.get_tensor_dtype(name).name
             if kind not in _DTYPES:
