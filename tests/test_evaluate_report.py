@@ -153,6 +153,14 @@ def data() -> ReportData:
         "blocks": {
             "mid.conv2.weight": {"factors": "qncd alpha 0.5", "folded": True, "block_error": [1e-3, 2e-4]},
         },
+        "linears": {
+            "to_q.weight": {
+                "layers": ["to_q.weight", "to_k.weight"],
+                "factors": "smoothquant alpha 0.3",
+                "folded": False,
+                "block_error": [1e-3, 9e-4],
+            },
+        },
     }
     manifest = Manifest(
         EVIL,
@@ -219,7 +227,7 @@ def test_the_page_holds_its_numbers() -> None:
         "tacnot fitted: tac: 3 pictures", "first 32",
         "Other CPU",
         "openvino-bf16", "3.00 ± 1.75", "41", "Some CPU", "quick, call_ms: noisy",
-        "mid.conv2.weight", "30.0", "37.0", "qncd alpha 0.5",
+        "mid.conv2.weight", "30.0", "37.0", "qncd alpha 0.5", "to_q.weight, to_k.weight",
         "1.2 MiB", "0.5 KiB", "abababababababab",
         "1234567812345678", "2026.4.1",
         "64×32×3×3, 8/8 bits", "17.3", "12.9", "last convolution",

@@ -14,8 +14,9 @@ from qncd_deploy.quant.qncd import ResBlock
 torch = pytest.importorskip("torch")
 
 from qncd_deploy.quant.smooth import (  # noqa: E402 - needs torch
-    ALPHAS,
     METHODS,
+    QNCD_ALPHAS,
+    SMOOTHQUANT_ALPHAS,
     Decision,
     Reader,
     accept,
@@ -75,6 +76,7 @@ def test_no_smoothing_is_never_kept_as_an_improvement() -> None:
 def test_a_gain_too_small_for_a_multiplication_is_not_kept() -> None:
     assert not Decision(("conv2.weight",), "s", ONES, error_before=1.0, error_after=0.985).kept
     assert Decision(("conv2.weight",), "s", ONES, error_before=1.0, error_after=0.975).kept
+    assert not Decision(("conv2.weight",), "s", ONES, error_before=1.0, error_after=0.92, min_gain=0.1).kept
 
 
 def test_the_best_candidate_is_chosen() -> None:
@@ -105,7 +107,7 @@ EMBEDDING = {"emb": np.random.default_rng(4).normal(size=(5, C))}
 def test_candidates_of_every_method(method: str) -> None:
     amax = np.abs(FIT).max(axis=(0, 2, 3))
     found = block_candidates(method, BLOCK, CONV, embedding=EMBEDDING, channel_amax=amax)
-    assert len(found) == (1 if method == "qncd:paper" else len(ALPHAS))
+    assert len(found) == {"qncd:paper": 1, "qncd": len(QNCD_ALPHAS), "smoothquant": len(SMOOTHQUANT_ALPHAS)}[method]
     decision = choose(found, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
     assert decision.kept == (method != "qncd:paper")  # its embedding knows nothing of the loud channels here
     assert decision.label.startswith(method)
@@ -149,7 +151,7 @@ def test_the_error_of_an_edge_is_the_mean_over_its_linears() -> None:
 def test_linears_of_one_edge_share_one_choice() -> None:
     amax = np.abs(TOKENS).max(axis=(0, 1))
     found = smoothquant_candidates([QUERY, KEY], amax)
-    assert list(found) == [f"smoothquant alpha {a:g}" for a in ALPHAS]
+    assert list(found) == [f"smoothquant alpha {a:g}" for a in SMOOTHQUANT_ALPHAS]
     w_amax = np.maximum(np.abs(QUERY.weight).max(axis=1), np.abs(KEY.weight).max(axis=0))
     even = (amax / found["smoothquant alpha 0.5"]) / (w_amax * found["smoothquant alpha 0.5"])
     np.testing.assert_allclose(even, even[0], rtol=1e-5)  # balanced against the larger weight of the two

@@ -104,10 +104,10 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "--smooth",
     type=click.Choice(SMOOTHING),
     default=DEFAULTS.smooth,
-    help="Smoothing of residual blocks; qncd and smoothquant are kept per block where the held-out error falls, "
-    "qncd:paper as published.",
+    help="Smoothing of residual blocks; with qncd and smoothquant, Linears get SmoothQuant's, and everything is kept "
+    "only where the held-out error falls; qncd:paper is as published.",
 )
-@click.option("--alpha", type=float, help="Share of a range that moves into the weight.  [default: the best of three]")
+@click.option("--alpha", type=float, help="Share of a range that moves into the weight.  [default: the best of a few]")
 @click.option(
     "--correction",
     type=click.Choice(CORRECTIONS),
@@ -217,10 +217,10 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
     for reason, count in reasons.items():
         click.echo(f"            {count:4d}  {reason}")
     smoothing = exported.quantized.smoothing
-    if smoothing.blocks:
+    if smoothing.blocks or smoothing.linears:
         click.echo(f"smoothing   {_smoothing_line(smoothing)}")
     elif manifest.recipe["--smooth"] != "off":
-        click.echo("smoothing   no residual blocks with a time embedding were found")
+        click.echo("smoothing   nothing to smooth: no residual blocks with a time embedding, no Linears were found")
     for engine, fitted in (exported.fitted or {}).items():
         figures = ", ".join(f"{method} {value:.4g}" for method, value in fitted.figures.items())
         click.echo(f"correction  {fitted.choice} on {engine} (held-out {fitted.objective}: {figures})")
@@ -237,15 +237,21 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
 
 
 def _smoothing_line(smoothing: Smoothing) -> str:
-    lower = sum(decision.kept for decision in smoothing.blocks.values())
-    parts = [f"{lower} of {len(smoothing.blocks)} residual blocks have a lower error with it"]
+    groups = (("residual blocks", smoothing.blocks), ("inputs of Linears", smoothing.linears))
+    gains, folded = [], []
+    for what, decisions in groups:
+        if decisions:
+            gains.append(f"{sum(decision.kept for decision in decisions.values())} of {len(decisions)} {what}")
+        if count := sum(name in decisions for name in smoothing.folded):
+            folded.append(f"{count} {what}")
+    parts = [f"{' and '.join(gains)} gain by themselves"]
     if smoothing.network_error is not None:
         before, after = smoothing.network_error
         parts.append(f"the network's output error goes from {before:.3g} to {after:.3g}")
     if smoothing.latent_snr_db is not None:
         before, after = smoothing.latent_snr_db
         parts.append(f"held-out pictures from {before:.1f} to {after:.1f} dB")
-    verdict = f"folded into {len(smoothing.folded)} blocks" if smoothing.folded else "refused"
+    verdict = f"folded into {' and '.join(folded)}" if folded else "refused"
     return f"{verdict}: {', '.join(parts)}"
 
 

@@ -109,7 +109,8 @@ def probing(model: ir.Model, names: Sequence[str], scratch: Path) -> Iterator[Pr
     try:
         with open_engine("onnxruntime", graph) as engine:
             assert isinstance(engine, OrtEngine)
-            sizes = {out.name: 4 * row_values(out) for node in model.graph for out in node.outputs}
+            tensors = (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))
+            sizes = {tensor.name: 4 * row_values(tensor) for tensor in tensors}
             yield Probe(engine, sizes)
     finally:
         for file in files:

@@ -209,15 +209,21 @@ def _smoothing(smoothing: Smoothing) -> dict[str, Any]:
         "folded": len(smoothing.folded),
         "network_error": None if smoothing.network_error is None else list(smoothing.network_error),
         "latent_snr_db": None if smoothing.latent_snr_db is None else list(smoothing.latent_snr_db),
-        "blocks": {
-            name: {
-                "factors": decision.label,
-                "lowers_block_error": decision.kept,
-                "folded": name in smoothing.folded,
-                "block_error": [decision.error_before, decision.error_after],
-            }
-            for name, decision in smoothing.blocks.items()
+        "blocks": {name: _decision(name, smoothing) for name in smoothing.blocks},
+        "linears": {
+            name: {"layers": list(decision.layers), **_decision(name, smoothing)}
+            for name, decision in smoothing.linears.items()
         },
+    }
+
+
+def _decision(name: str, smoothing: Smoothing) -> dict[str, Any]:
+    decision = {**smoothing.blocks, **smoothing.linears}[name]
+    return {
+        "factors": decision.label,
+        "lowers_block_error": decision.kept,
+        "folded": name in smoothing.folded,
+        "block_error": [decision.error_before, decision.error_after],
     }
 
 

@@ -57,7 +57,7 @@ def policy_of(options: ExportOptions) -> Policy:
 def unquantized(network: FloatNetwork, options: ExportOptions) -> Quantized:
     """The plan and the graphs of a bundle whose layers all stay in float: the baseline of the quantized ones."""
     plan = make_plan(network.sites, {}, {}, policy_of(options))
-    return Quantized(plan, Smoothing({}, ()), _graphs(network.model, network.model.clone(), plan))
+    return Quantized(plan, Smoothing.none(), _graphs(network.model, network.model.clone(), plan))
 
 
 def quantize(
@@ -71,19 +71,21 @@ def quantize(
     check_patterns(network.sites, policy)
     with progress.stage("smoothing") as tick:
         smoothing = find_smoothing(network, calib, options, policy, scratch, tick)
-    plain, smoothed = network.model, smoothing.fold(network.model)
+    alternatives = smoothing.alternatives() if options.gate else (smoothing,)
+    smoothed = smoothing.divide(network.model)
     with progress.stage("ranges") as tick:
-        seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
+        seen = _ranges(network, (network.model, smoothed), calib, policy, scratch, tick)
     exceptions: Mapping[str, str] = {}
     if options.keep_float:
         with progress.stage("sensitivity"):
             exceptions = _exceptions(network, smoothed, calib, seen, options, policy, scratch)
-    drafts = [_draft(network, model, seen, policy, exceptions) for model in (plain, smoothed)]
-    if smoothing.folded and options.gate:
+    drafts = [_draft(network, each.fold(network.model), seen, policy, exceptions) for each in alternatives]
+    chosen = 0
+    if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
             forms = [(draft.master(), draft.plan) for draft in drafts]
-            smoothing = judge(network, smoothing, *forms, calib, options, scratch)
-    draft = drafts[1] if smoothing.folded else drafts[0]
+            chosen, smoothing = judge(network, alternatives, forms, calib, options, scratch)
+    draft = drafts[chosen]
     with progress.stage("graphs"):
         return Quantized(draft.plan, smoothing, _graphs(network.model, draft.master(), draft.plan))
 

@@ -1,18 +1,20 @@
-"""Find, fold and judge the smoothing of residual blocks on the calibration data."""
+"""Find, fold and judge the smoothing of residual blocks and of Linears on the calibration data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.export.linears import LinearEdge, find_linear_edges
 from qncd_deploy.export.passes.common import constant
-from qncd_deploy.export.passes.smooth import FoldSmoothing
+from qncd_deploy.export.passes.smooth import AbsorbSmoothing, FoldSmoothing
 from qncd_deploy.pipeline.calibrate import counted, edge_samples, fetch, probing
 from qncd_deploy.pipeline.free_run import latent_snr_db
 from qncd_deploy.pipeline.network import FloatNetwork
@@ -20,85 +22,138 @@ from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.quant.decide import decide
-from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.quant.plan import LayerSite, QuantPlan
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock
-from qncd_deploy.quant.smooth import MIN_GAIN, Decision, Reader, block_candidates, choose
+from qncd_deploy.quant.smooth import (
+    MIN_GAIN,
+    Decision,
+    Reader,
+    block_candidates,
+    choose,
+    smoothquant_candidates,
+)
 
 RANGE_ROWS = 256
-"""Rows from which smoothing learns the range of each channel."""
+"""Rows from which smoothing of residual blocks learns the range of each channel."""
 
 JUDGED_ROWS = 256
-"""Rows on which the network's output error decides whether smoothing stays."""
+"""Rows on which the network's output error decides which smoothing stays."""
+
+OP_GAIN = 0.1
+"""The least relative fall of a Linear's error that is worth an operation of its own, which no SiLU is there to fuse
+with. (A choice: what the operation costs depends on the runtime.)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """blocks: what it does to each residual block, by the name of the second convolution;  folded: the blocks where it
-    is in the graph;  network_error: relative error of the network's output without and with it, None if not compared;
-    latent_snr_db: of free-running pictures without and with it, None if not compared (see judge).
+    """blocks: what it does to each residual block, by the name of the second convolution;  linears: what SmoothQuant
+    does to each edge that Linears read, by the name of the first;  folded: where it is in the graph, of both;
+    network_error: relative error of the network's output without and with it, None if not compared;  latent_snr_db: of
+    free-running pictures without and with it, None if not compared (see judge).
     """
 
     blocks: Mapping[str, Decision]
+    linears: Mapping[str, Decision]
     folded: tuple[str, ...]
     network_error: tuple[float, float] | None = None
     latent_snr_db: tuple[float, float] | None = None
 
-    def fold(self, model: ir.Model) -> ir.Model:
-        """A copy of the float graph with the factors of the folded blocks in it."""
+    @classmethod
+    def none(cls) -> Smoothing:
+        return cls({}, {}, ())
+
+    def alternatives(self) -> tuple[Smoothing, ...]:
+        """What to choose from, without repetition: nothing folded, blocks alone, Linears alone, all."""
+        groups = (tuple(name for name in self.folded if name in group) for group in (self.blocks, self.linears))
+        return tuple(replace(self, folded=folded) for folded in dict.fromkeys([(), *groups, self.folded]))
+
+    def divide(self, model: ir.Model) -> ir.Model:
+        """A copy of the float graph that divides and multiplies by the factors of what is folded; every edge of the
+        original is there too, with the same values.
+        """
         smoothed = model.clone()
-        FoldSmoothing({name: self.blocks[name].factors for name in self.folded})(smoothed)
+        decisions = [{**self.blocks, **self.linears}[name] for name in self.folded]
+        FoldSmoothing({layer: each.factors for each in decisions for layer in each.layers})(smoothed)
+        return smoothed
+
+    def fold(self, model: ir.Model) -> ir.Model:
+        """The same, in as few operations as it takes: what a normalisation can divide is not there undivided."""
+        smoothed = self.divide(model)
+        AbsorbSmoothing()(smoothed)
         return smoothed
 
 
 def find_smoothing(
     network: FloatNetwork, calib: CalibSet, options: ExportOptions, policy: Policy, scratch: Path, tick: Tick
 ) -> Smoothing:
-    """The best factors for every block, folded where they lower its held-out error (everywhere without the gate)."""
-    names = {site.name for site in network.sites if decide(site, policy)[0]}
-    blocks = [block for block in network.resblocks if block.conv2 in names]
-    if options.smooth == "off" or not blocks:
-        return Smoothing({}, ())
-    decisions = _decisions(network, blocks, calib, options, policy, scratch, tick)
-    return Smoothing(decisions, tuple(name for name, each in decisions.items() if each.kept or not options.gate))
+    """The best factors for every residual block and every edge of Linears, folded where they lower the held-out error
+    (everywhere without the gate). Linears are left alone where the published form of QNCD is asked for.
+    """
+    if options.smooth == "off":
+        return Smoothing.none()
+    sites = {site.name: site for site in network.sites if decide(site, policy)[0]}
+    blocks = [block for block in network.resblocks if block.conv2 in sites]
+    taken = {block.conv2 for block in blocks}
+    others = [site for site in sites.values() if site.name not in taken]
+    edges: Sequence[LinearEdge] = ()
+    if options.smooth != "qncd:paper":
+        edges = find_linear_edges(network.model, others, sample=network.inputs.sample)
+    of_blocks = _blocks(network, blocks, sites, calib, options, policy, scratch, tick) if blocks else {}
+    of_linears = _linears(network, edges, calib, options, policy, scratch, tick) if edges else {}
+    found = {**of_blocks, **of_linears}
+    folded = tuple(name for name, each in found.items() if each.kept or not options.gate)
+    return Smoothing(of_blocks, of_linears, folded)
 
 
 def judge(
     network: FloatNetwork,
-    smoothing: Smoothing,
-    plain: tuple[ir.Model, QuantPlan],
-    smoothed: tuple[ir.Model, QuantPlan],
+    alternatives: Sequence[Smoothing],
+    forms: Sequence[tuple[ir.Model, QuantPlan]],
     calib: CalibSet,
     options: ExportOptions,
     scratch: Path,
-) -> Smoothing:
-    """Keep smoothing only if the network's output error falls and, where it can sample, pictures come out closer.
+) -> tuple[int, Smoothing]:
+    """Which alternative to take, the first of which folds nothing, with the figures that say so.
 
-    A lower error of single calls is no proof: what is left of it may repeat itself from step to step.
+    Another one must lower the network's output error, and pictures must come out closer where it can sample: a lower
+    error of single calls is no proof, since what is left of it may repeat itself from step to step. Of several that do,
+    the one whose pictures are closest (the one of least error, if the network cannot sample).
+
+    forms: the alternatives as masters that InsertQDQ made, with their plans.
     """
     rows = spread_rows(calib, JUDGED_ROWS, odd=True)
-    errors = output_errors(network.model, [plain, smoothed], network.facts.inputs, rows, scratch)
-    before, after = (error.relative for error in errors)
-    smoothing = replace(smoothing, network_error=(before, after))
-    if after > (1 - MIN_GAIN) * before:
-        return replace(smoothing, folded=())
-    if network.schedule is None:
-        return smoothing
-    without, with_it = latent_snr_db(
-        network, [plain, smoothed], pictures=options.fit_size, seed=options.seed, scratch=scratch
+    errors = [e.relative for e in output_errors(network.model, forms, network.facts.inputs, rows, scratch)]
+    best = min(range(1, len(forms)), key=errors.__getitem__)
+    better = [i for i in range(1, len(forms)) if errors[i] <= (1 - MIN_GAIN) * errors[0]]
+    latents: dict[int, np.ndarray] = {}
+    if better and network.schedule is not None:
+        found = latent_snr_db(
+            network, [forms[i] for i in (0, *better)], pictures=options.fit_size, seed=options.seed, scratch=scratch
+        )
+        latents = dict(zip((0, *better), found, strict=True))
+        best = max(better, key=lambda i: latents[i].mean())
+        better = [best] if _beyond_chance(latents[best] - latents[0], tried=len(better)) else []
+    chosen = best if better else 0
+    figures = replace(
+        alternatives[chosen],
+        network_error=(errors[0], errors[best]),
+        latent_snr_db=(float(latents[0].mean()), float(latents[best].mean())) if latents else None,
     )
-    gain = with_it - without
-    smoothing = replace(smoothing, latent_snr_db=(float(without.mean()), float(with_it.mean())))
-    chance = _ONE_SIDED_95 * float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return smoothing if gain.mean() > chance else replace(smoothing, folded=())
+    return chosen, figures
 
 
-_ONE_SIDED_95 = 1.645
+def _beyond_chance(gain: np.ndarray, *, tried: int) -> bool:
+    """A mean above zero that one-sided chance of 5 % in `tried` attempts does not explain; gain: one per picture."""
+    level = NormalDist().inv_cdf(1 - 0.05 / tried)
+    chance = level * float(gain.std(ddof=1)) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return bool(gain.mean() > chance)
 
 
-def _decisions(
+def _blocks(
     network: FloatNetwork,
     blocks: Sequence[ResBlock],
+    sites: Mapping[str, LayerSite],
     calib: CalibSet,
     options: ExportOptions,
     policy: Policy,
@@ -115,7 +170,7 @@ def _decisions(
         spoken = fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
         for edge, fit, held_out in edge_samples(probe, network, calib, edges):
             for block in (block for block in blocks if block.edge == edge):
-                reader = _reader(network, block.conv2)
+                reader = _reader(network, sites[block.conv2])
                 found = block_candidates(
                     options.smooth,
                     block,
@@ -128,9 +183,33 @@ def _decisions(
     return {block.conv2: decisions[block.conv2] for block in blocks}
 
 
-def _reader(network: FloatNetwork, name: str) -> Reader:
-    (site,) = (site for site in network.sites if site.name == name)
-    return Reader(site, constant(network.model.graph.initializers[name]))
+def _linears(
+    network: FloatNetwork,
+    edges: Sequence[LinearEdge],
+    calib: CalibSet,
+    options: ExportOptions,
+    policy: Policy,
+    scratch: Path,
+    tick: Tick,
+) -> dict[str, Decision]:
+    """What SmoothQuant does to the quantized outputs of all Linears that read an edge, by the name of the first."""
+    by_name = {edge.name: edge for edge in edges}
+    decisions: dict[str, Decision] = {}
+    with probing(network.model, list(by_name), scratch) as probe:
+        for name, fit, held_out in edge_samples(probe, network, calib, list(by_name)):
+            edge = by_name[name]
+            readers = [_reader(network, site) for site in edge.layers]
+            axis = edge.layers[0].channel_axis % fit.ndim
+            channel_amax = np.abs(fit).max(axis=tuple(i for i in range(fit.ndim) if i != axis))
+            found = smoothquant_candidates(readers, channel_amax, alpha=options.alpha)
+            decision = choose(found, readers, fit=fit, held_out=held_out, policy=policy)
+            decisions[name] = decision if edge.free else replace(decision, min_gain=OP_GAIN)
+            tick(len(decisions), len(edges))
+    return {edge.layers[0].name: decisions[edge.name] for edge in edges}
+
+
+def _reader(network: FloatNetwork, site: LayerSite) -> Reader:
+    return Reader(site, constant(network.model.graph.initializers[site.name]))
 
 
 def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:

@@ -7,7 +7,7 @@ Behind a normalisation it costs nothing, gamma / S and beta / S: SmoothQuant (Xi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -96,17 +96,22 @@ class AbsorbSmoothing(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, any(absorbed))
 
 
+def absorbs(edge: ir.Value, readers: Collection[ir.Node]) -> bool:
+    """Whether a normalisation ends in edge that can divide it for these readers, since nothing else reads it."""
+    alone = {user for user, _ in edge.uses()} <= set(readers) and not edge.is_graph_output()
+    return alone and _affine(edge) is not None
+
+
 def _is_division(node: ir.Node) -> bool:
     return node.op_type == "Mul" and node.inputs[1].is_initializer() and node.inputs[1].name.endswith(_INVERSE)
 
 
 def _absorb(division: ir.Node) -> bool:
     edge, inverse = division.inputs
-    norm, affine = edge.producer(), _affine(edge)
-    if affine is None or len(edge.uses()) != 1 or edge.is_graph_output():
+    if not absorbs(edge, [division]):
         return False
-    smooth = division.outputs[0]
-    for number, (node, index) in enumerate(affine):
+    norm, smooth = edge.producer(), division.outputs[0]
+    for number, (node, index) in enumerate(_affine(edge) or ()):
         scaled = (constant(node.inputs[index]) * constant(inverse)).astype(np.float32)
         name = f"{smooth.name}_{('gamma', 'beta')[number]}"
         node.replace_input_with(index, initializer(division.graph, name, scaled))
