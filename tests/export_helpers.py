@@ -148,11 +148,12 @@ def minmax_plan(
     weight_bits: int = 8,
     act_bits: int = 8,
     asymmetric: bool = False,
+    eight_bits_asymmetric: bool = False,
     inputs: Inputs | None = None,
     roles: tuple[str, ...] = ("body",),
 ) -> QuantPlan:
     """Min-max grids for every site of these roles, written down by hand; a zero channel gets any scale. asymmetric: the
-    grids of fewer than 8 bits span [min, max] with zero in it.
+    grids of fewer than 8 bits span [min, max] with zero in it; eight_bits_asymmetric: those of activations always do.
     """
     sites = find_sites(model, inputs)
     edges = {name for site in sites for name in (site.input, site.output)}
@@ -176,7 +177,7 @@ def minmax_plan(
         weight_scale[weight_scale == 0] = 1e-30
         act_scale = np.float32(np.abs(values[site.input]).max() / (2 ** (act_bits - 1) - 1))
         act_zero, weight_zero = 0, None
-        if asymmetric and act_bits < 8:
+        if eight_bits_asymmetric or (asymmetric and act_bits < 8):
             act_scale, act_zero = _between(values[site.input].min(), values[site.input].max(), act_bits)
         if asymmetric and weight_bits < 8:
             weight_scale, zeros = _between(weights[site.name].min(axes), weights[site.name].max(axes), weight_bits)

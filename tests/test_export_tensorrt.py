@@ -18,6 +18,7 @@ from qncd_deploy.engines.trt.options import BuildOptions
 from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
+from qncd_deploy.export.passes.shift import ShiftZeroPoints
 from qncd_deploy.export.passes.smooth import FoldSmoothing
 from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace
@@ -45,6 +46,7 @@ def build_half(library: Library, model: ir.Model, folder: Path, *, rows: int = 2
 
 def build_sibling(library: Library, model: ir.Model, plan: QuantPlan, folder: Path) -> BuiltEngine:
     InsertQDQ(plan)(model)
+    ShiftZeroPoints()(model)
     built = build_half(library, model, folder)
     verify(model, TENSORRT, plan=plan)
     return built
@@ -66,13 +68,18 @@ def assert_kernels_are_the_plans(built: BuiltEngine, plan: QuantPlan) -> None:
     assert table.float_products == ()
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("additive", (8, 8)), ("scale-shift", (4, 6))])
-def test_small_networks_build(kind, bits, library, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "bits", "zero_points"),
+    [("additive", (8, 8), False), ("scale-shift", (4, 6), False), ("scale-shift", (4, 8), True)],
+)
+def test_small_networks_build(kind, bits, zero_points, library, tmp_path):
     _, specs, model = traced(kind)
     feeds = feeds_for(specs, 2)
     factors = {block.conv2: abs(block.gamma) + 0.5 for block in find_resblocks(model)}
     FoldSmoothing(factors)(model)
-    plan = minmax_plan(model, feeds, weight_bits=bits[0], act_bits=bits[1], asymmetric=True)
+    plan = minmax_plan(
+        model, feeds, weight_bits=bits[0], act_bits=bits[1], asymmetric=True, eight_bits_asymmetric=zero_points
+    )
     assert_kernels_are_the_plans(build_sibling(library, model, plan, tmp_path), plan)
 
 

@@ -14,7 +14,16 @@ from qncd_deploy.errors import ExportError
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
-from qncd_deploy.export.verify import FLOAT, MASTER, ONNXRUNTIME, TENSORRT, verify
+from qncd_deploy.export.verify import (
+    FLOAT,
+    MASTER,
+    ONNXRUNTIME,
+    TENSORRT,
+    tensorrt_can_import,
+    verify,
+    zero_points_are_zero,
+    zero_points_as_planned,
+)
 from qncd_deploy.quant.plan import QuantPlan
 
 
@@ -132,7 +141,6 @@ def _not_importable(model):
     ("spoil", "words"),
     [
         (_unsigned, "zero point is UINT8"),
-        (_shifted, "zero point is not 0"),
         (_no_zero, "x_q/QuantizeLinear: zero point missing or not constant"),
         (_wrong_axis, "scale along axis 0, not the output channels"),
         (_per_channel_activation, "per-channel scale of an activation"),
@@ -141,11 +149,27 @@ def _not_importable(model):
 )
 def test_rules_for_tensorrt(spoil, words):
     model, plan = quantized()
-    rules = tuple(rule for rule in MASTER if rule.__name__ == "tensorrt_can_import")
+    rules = (tensorrt_can_import,)
     verify(model, rules, plan=plan)
     spoil(model)
     with pytest.raises(ExportError, match=words):
         verify(model, rules, plan=plan)
+
+
+def test_zero_points_are_the_plans_and_none_for_tensorrt():
+    model, plan = quantized()
+    verify(model, (zero_points_are_zero, zero_points_as_planned), plan=plan)
+    _shifted(model)
+    for rule, words in ((zero_points_are_zero, "is not 0"), (zero_points_as_planned, "3, planned 0")):
+        with pytest.raises(ExportError, match=f"QuantizeLinear: zero point {words}"):
+            verify(model, (rule,), plan=plan)
+    model = small_network()
+    shifted = QuantPlan(plan.format, tuple(replace(p, act_zero=-9) if p.input == "b" else p for p in plan))
+    InsertQDQ(shifted)(model)
+    verify(model, MASTER, plan=shifted)
+    set_initializer(model, "b_zero", np.int8(9))
+    with pytest.raises(ExportError, match=r"b_q/QuantizeLinear: zero point 9, planned -9\. Rule: .* \(1 more\)"):
+        verify(model, MASTER, plan=shifted)
 
 
 def test_tensorrt_sibling_must_be_half_and_quantize_inputs_only():
@@ -165,7 +189,7 @@ def test_tensorrt_sibling_must_be_half_and_quantize_inputs_only():
 
 def test_onnxruntime_sibling_must_fuse():
     model, plan = quantized()
-    with pytest.raises(ExportError, match=r"zero point 0, expected 128. Rule: activations are unsigned"):
+    with pytest.raises(ExportError, match=r"zero point is INT8, expected UINT8. Rule: activations are unsigned"):
         verify(model, ONNXRUNTIME, plan=plan)
     OrtSibling(plan)(model)
     verify(model, ONNXRUNTIME, plan=plan)

@@ -121,7 +121,7 @@ def test_a_pattern_that_matches_nothing_is_refused(option: str) -> None:
         ({"quant_level": 4}, "quant level: 4, expected one of 0, 1, 2, 2.5, 3"),
         ({"weight_method": "max"}, "expected one of minmax, mse, lp2.4"),
         ({"act_method": "kl"}, "expected one of minmax, percentile, mse"),
-        ({"asymmetric": "on"}, "asymmetric: 'on', expected one of auto, off"),
+        ({"asymmetric": "on"}, "asymmetric: 'on', expected one of auto, off, all"),
         ({"percentile": 0.9}, "percentile: 0.9, expected 50 to 100"),
         ({"exclude": ("(",)}, "not a regular expression"),
     ],
@@ -189,6 +189,18 @@ def test_asymmetric_grids_are_taken_where_their_error_is_lower(act_method: str) 
     assert found[silu].weight_zero[3] == -8 and found[silu].weight_zero[5] == 0
     assert all(one.sqnr_db >= other.sqnr_db for one, other in zip(found.quantized, off.quantized, strict=True))
     assert {layer.act_zero for layer in off.quantized} == {0} and {layer.weight_zero for layer in off} == {None}
+
+
+def test_eight_bit_activations_are_asymmetric_on_request_where_that_pays() -> None:
+    silu, both = "down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv_shortcut.weight"
+    x = np.random.default_rng(2).standard_normal((2, 16, 8, 8)) * 3
+    seen = stats() | {f"{silu}.in": TensorStats.of(x / (1 + np.exp(-x)), "x"), f"{both}.in": TensorStats.of(x, "y")}
+    auto, everything = (plan_for(Policy(asymmetric=mode), stats=seen) for mode in ("auto", "all"))
+    assert {layer.act_zero for layer in auto.quantized} == {0}
+    assert everything[silu].act_zero < -100 and not everything[silu].act_grid.fits_int8
+    assert everything[silu].act_sqnr_db > auto[silu].act_sqnr_db + 4
+    assert everything[both] == auto[both]  # a normal distribution gains next to nothing
+    assert {layer.weight_zero for layer in everything} == {None}
 
 
 def test_a_plan_without_zero_points_is_written_as_before() -> None:

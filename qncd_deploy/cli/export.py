@@ -80,8 +80,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "--asymmetric",
     type=click.Choice(ASYMMETRIC),
     default=DEFAULTS.asymmetric,
-    help="Fewer than 8 bits: put the levels where the values are, not as many on either side of zero; auto: where the "
-    "error falls.",
+    help="Put the levels where the values are instead of as many on either side of zero, where the error falls. auto: "
+    "below 8 bits, where it costs nothing; all: 8-bit activations too, which costs TensorRT an op each.",
 )
 @click.option("--calib-data", type=PATH, help="Your own inputs: a .npz, one array per graph input.")
 @click.option(

@@ -120,8 +120,6 @@ def tensorrt_can_import(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
             yield f"{node.name}: zero point missing or not constant."
         elif zero.dtype != ir.DataType.INT8:
             yield f"{node.name}: zero point is {zero.dtype.name}."
-        elif constant(zero).any():
-            yield f"{node.name}: zero point is not 0."
         if constant(node.inputs[1]) is None:
             yield f"{node.name}: scale is not constant."
         elif constant(node.inputs[1]).size > 1 and not node.inputs[0].is_initializer():
@@ -136,6 +134,33 @@ def tensorrt_can_import(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
 _REFUSED_BY_TENSORRT = frozenset(
     {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits", "CastLike"}
 )
+
+
+def zero_points_are_zero(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
+    """TensorRT has no other."""
+    for node, zero in _zero_points(model):
+        if zero.any():
+            yield f"{node.name}: zero point is not 0."
+
+
+def zero_points_as_planned(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
+    """0, but for 8-bit activations on an asymmetric grid."""
+    shifted = {edge: layers[0].act_zero for edge, layers in plan.edges.items() if not layers[0].act_grid.fits_int8}
+    planned: dict[ir.Value, int] = {}
+    for node, zero in _zero_points(model):
+        quantizes = node.op_type == "QuantizeLinear"
+        expected = shifted.get(node.inputs[0].name, 0) if quantizes else planned.get(node.inputs[0], 0)
+        planned[node.outputs[0]] = expected
+        if (zero != expected).any():
+            yield f"{node.name}: zero point {zero.ravel()[0]}, planned {expected}."
+
+
+def _zero_points(model: ir.Model) -> Iterator[tuple[ir.Node, np.ndarray]]:
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            if zero is not None:
+                yield node, zero
 
 
 def remainder_is_half(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
@@ -161,8 +186,8 @@ def borders_are_float32(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
 
 def activations_are_unsigned(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     for node in model.graph:
-        if node.op_type == "QuantizeLinear" and (constant(node.inputs[2]) != np.uint8(128)).any():
-            yield f"{node.name}: zero point {constant(node.inputs[2])}, expected 128."
+        if node.op_type == "QuantizeLinear" and node.inputs[2].dtype != ir.DataType.UINT8:
+            yield f"{node.name}: zero point is {node.inputs[2].dtype.name}, expected UINT8."
 
 
 def convolutions_can_fuse(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
@@ -181,6 +206,7 @@ _ALWAYS: tuple[Rule, ...] = (
     borders_are_float32,
 )
 FLOAT = _ALWAYS
-MASTER = (*_ALWAYS, quantized_as_planned, integers_are_levels, only_inputs_are_quantized, tensorrt_can_import)
-TENSORRT = (*MASTER, remainder_is_half)
+_INPUTS_ONLY = (*_ALWAYS, quantized_as_planned, integers_are_levels, only_inputs_are_quantized, tensorrt_can_import)
+MASTER = (*_INPUTS_ONLY, zero_points_as_planned)
+TENSORRT = (*_INPUTS_ONLY, zero_points_are_zero, remainder_is_half)
 ONNXRUNTIME = (*_ALWAYS, quantized_as_planned, integers_are_levels, activations_are_unsigned, convolutions_can_fuse)

@@ -15,7 +15,7 @@ FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
 CORRECTIONS = ("auto", "off", *METHODS)
 CALIB_METHODS = ("minmax", "percentile", "mse")
-ASYMMETRIC = ("auto", "off")
+ASYMMETRIC = ("auto", "off", "all")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

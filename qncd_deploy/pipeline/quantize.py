@@ -17,6 +17,7 @@ from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
+from qncd_deploy.export.passes.shift import ShiftZeroPoints
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.calibrate import counted, probing
 from qncd_deploy.pipeline.network import FloatNetwork
@@ -156,6 +157,7 @@ def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.
     """The siblings of a master that InsertQDQ made from the plan, each held to its rules."""
     verify(master, MASTER, plan=plan, name="unet.onnx")
     half, ort = master.clone(), master.clone()
+    ShiftZeroPoints()(half)
     HalfRemainder()(half)
     verify(half, TENSORRT, plan=plan, name="unet-trt.onnx")
     OrtSibling(plan)(ort)

@@ -1,7 +1,8 @@
 """Integer grids with zero point 0, the only one TensorRT takes: x ~= scale * q, qmin <= q <= qmax.
 
 An asymmetric grid of b < 8 bits and zero point z represents scale * (k - z), k = -2**(b-1)..2**(b-1)-1. Here q is
-k - z: it still fits into int8, so the same numbers need no zero point, only other limits.
+k - z: it still fits into int8, so the same numbers need no zero point, only other limits. (8 bits do not fit: such an
+activation keeps its zero point in the graph, see export.passes.insert_qdq, and TensorRT gets it rewritten.)
 Rounding is that of ONNX QuantizeLinear: float32 division, ties to even, saturation.
 """
 
@@ -14,8 +15,8 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """scale: float32 > 0 in the unit of x, () for a whole tensor or (C,) along `axis`. qmin <= 0 <= qmax fit into int8
-    and differ: an int, or (C,) of them along `axis`.
+    """scale: float32 > 0 in the unit of x, () for a whole tensor or (C,) along `axis`. qmin <= 0 <= qmax, not both 0:
+    one int each, or (C,) along `axis`. They fit into int8 but for asymmetric grids of 8 bits.
     """
 
     scale: np.ndarray
@@ -29,7 +30,7 @@ class Grid:
         assert np.isfinite(scale).all() and (scale > 0).all(), "scales are finite and positive"
         qmin, qmax = np.asarray(self.qmin), np.asarray(self.qmax)
         assert {qmin.shape, qmax.shape} <= {(), scale.shape}, "limits are one number, or one per scale"
-        assert ((qmin >= -128) & (qmin <= 0) & (qmax >= 0) & (qmax <= 127) & (qmin < qmax)).all()
+        assert ((qmin <= 0) & (qmax >= 0) & (qmin < qmax) & (qmax - qmin < 256)).all()
         object.__setattr__(self, "scale", scale)
 
     def scale_like(self, ndim: int) -> np.ndarray:
@@ -44,6 +45,10 @@ class Grid:
         if values.ndim == 0:
             return values
         return values.reshape([-1 if i == self.axis % ndim else 1 for i in range(ndim)])
+
+    @property
+    def fits_int8(self) -> bool:
+        return bool((np.asarray(self.qmin) >= -128).all() and (np.asarray(self.qmax) <= 127).all())
 
     def zero(self, bits: int) -> np.ndarray:
         """The zero point z of the same grid as k = q + z, -2**(b-1) <= k <= 2**(b-1)-1; see limits."""
@@ -67,9 +72,9 @@ def narrow_weights(bits: int) -> bool:
 
 
 def quantize(x: np.ndarray, grid: Grid) -> np.ndarray:
-    """Integers of x as int8, whatever the number of bits; x finite, any shape."""
+    """Integers of x, x finite, of any shape: int8 if the grid fits, whatever the number of bits, else int16."""
     q = np.rint(np.asarray(x, np.float32) / grid.scale_like(np.ndim(x)))
-    return np.clip(q, *grid.limits_like(q.ndim)).astype(np.int8)
+    return np.clip(q, *grid.limits_like(q.ndim)).astype(np.int8 if grid.fits_int8 else np.int16)
 
 
 def dequantize(q: np.ndarray, grid: Grid) -> np.ndarray:

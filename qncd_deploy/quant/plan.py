@@ -67,11 +67,12 @@ class LayerPlan:
     weight_scale: one float32 per output channel. act_scale: one float32 for the edge `input`, the same for all
     quantized consumers of that edge; so is act_zero. Fewer than 8 bits are fewer levels of an int8 tensor:
         k = clip(round(x / scale) + zero, -2**(b-1), 2**(b-1)-1),    stored: k - zero, with ONNX zero point 0.
-    weight_zero: one integer per output channel, None where all are 0. Eight bits have zero 0, and weights of 8 bits use
-    -127..127 (see weight_grid, act_grid). output_amax: calibrated range of
-    |output|, for runtimes that want the output quantized as well, None where it was not observed. sqnr_db = 10
-    log10(sum w^2 / sum (w - Q(w))^2), measured on the weight the plan was made for; act_sqnr_db is the same of the
-    input, estimated from its calibration histogram. None where there is no error at all.
+    weight_zero: one integer per output channel, None where all are 0. Weights of 8 bits have zero 0 and use -127..127.
+    An activation of 8 bits with another zero than 0 does not fit: k itself is stored, with that zero point (see
+    weight_grid, act_grid). output_amax: calibrated range of |output|, for runtimes that want the output quantized as
+    well, None where it was not observed. sqnr_db = 10 log10(sum w^2 / sum (w - Q(w))^2), measured on the weight the
+    plan was made for; act_sqnr_db is the same of the input, estimated from its calibration histogram. None where there
+    is no error at all.
     """
 
     name: str

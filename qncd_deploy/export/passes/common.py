@@ -100,6 +100,15 @@ def insert_after(node: ir.Node, op: str, inputs: list[ir.Value], name: str, **at
     return value
 
 
+def quantized_pair(before: ir.Node, x: ir.Value, scale: ir.Value, zero: ir.Value, name: str) -> ir.Value:
+    """Put QuantizeLinear and DequantizeLinear of x, to the type of zero, right before a node; returns x's twin."""
+    q = insert_before(before, "QuantizeLinear", [x, scale, zero], f"{name}_q")
+    q.type = ir.TensorType(zero.dtype)
+    back = insert_before(before, "DequantizeLinear", [q, scale, zero], f"{name}_dq")
+    back.type = x.type
+    return back
+
+
 def take_over(old: ir.Value, new: ir.Value, *, keep: ir.Node) -> None:
     """Let new be read wherever old was, but for the node keep; if old is an output of the graph, new gets its name."""
     for user, index in list(old.uses()):

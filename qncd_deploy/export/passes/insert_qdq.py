@@ -1,18 +1,29 @@
-"""Insert Q/DQ from a plan: symmetric int8, zero point 0, on the inputs of weighted ops and nowhere else.
+"""Insert Q/DQ from a plan: int8, zero point 0, on the inputs of weighted ops and nowhere else.
 
     x --[Clip]--QuantizeLinear(s_x, 0)--> int8 --DequantizeLinear(s_x, 0)--> Conv/Gemm/MatMul --> y, float
     W int8, an initializer -----------------DequantizeLinear(s_w, 0, axis)----^            bias: float
 
 Tensors: EDGE_scale, EDGE_q, EDGE_dq; WEIGHT_q, WEIGHT_scale, WEIGHT_zero, WEIGHT_dq; one shared zero, int8_zero.
+An 8-bit activation on an asymmetric grid, which is there on request only, has a zero point: EDGE_zero.
 """
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from qncd_deploy.export.passes.common import Broken, Refused, constant, initializer, insert_before, weighted_ops
+from qncd_deploy.export.passes.common import (
+    Broken,
+    Refused,
+    constant,
+    initializer,
+    insert_before,
+    quantized_pair,
+    weighted_ops,
+)
 from qncd_deploy.quant.grid import Grid, quantize
 from qncd_deploy.quant.plan import LayerPlan, QuantPlan
 
@@ -83,15 +94,15 @@ def quantized_edges(model: ir.Model, plan: QuantPlan) -> set[str]:
     for node in model.graph:
         if node.op_type == "QuantizeLinear":
             name = node.inputs[0].name
-            while name not in plan.edges and (suffix := next(filter(name.endswith, PREPARED), None)) is not None:
-                name = name.removesuffix(suffix)
+            while name not in plan.edges and (suffix := _PREPARED.search(name)) is not None:
+                name = name[: suffix.start()]
             names.add(name)
     return names
 
 
-PREPARED = ("_clip", "_lift", "_half", "_inner")
-"""Behind an edge's name: clipped to its levels, lifted into float16's normal range, cast to float16, or an output of
-the graph before the op that gives it its final form.
+_PREPARED = re.compile(r"_(clip|shift|pad\d+|lift|half|inner)$")
+"""Behind an edge's name: clipped to its levels, shifted by its zero point, padded, lifted into float16's normal range,
+cast to float16, or an output of the graph before the op that gives it its final form.
 """
 
 
@@ -108,17 +119,16 @@ def _activation_pair(node: ir.Node, edge: ir.Value, layer: LayerPlan) -> ir.Valu
     """The dequantized twin of edge, computed right before the first of its planned consumers."""
     graph, grid = node.graph, layer.act_grid
     scale = initializer(graph, f"{edge.name}_scale", grid.scale)
+    if not grid.fits_int8:
+        zero = initializer(graph, f"{edge.name}_zero", np.int8(layer.act_zero))
+        return quantized_pair(node, edge, scale, zero, edge.name)
     zero = initializer(graph, ZERO, np.int8(0))
     source = edge
     if (grid.qmin, grid.qmax) != (-128, 127):
         low = initializer(graph, f"{edge.name}_min", np.float32(grid.qmin) * grid.scale)
         high = initializer(graph, f"{edge.name}_max", np.float32(grid.qmax) * grid.scale)
-        source = insert_before(node, "Clip", [edge, low, high], edge.name + PREPARED[0])
-    q = insert_before(node, "QuantizeLinear", [source, scale, zero], f"{edge.name}_q")
-    q.type = ir.TensorType(ir.DataType.INT8)
-    x = insert_before(node, "DequantizeLinear", [q, scale, zero], f"{edge.name}_dq")
-    x.type = edge.type
-    return x
+        source = insert_before(node, "Clip", [edge, low, high], f"{edge.name}_clip")
+    return quantized_pair(node, source, scale, zero, edge.name)
 
 
 def _weight(node: ir.Node, weight: ir.Value, grid: Grid) -> ir.Value:

@@ -1,6 +1,6 @@
 """Turn the master into ONNX Runtime's CPU form: the same integers and scales, in the patterns it fuses kernels from.
 
-    activations   s8 with zero point 0 -> u8 with zero point 128: the same values
+    activations   s8 with zero point 0 -> u8 with zero point 128: the same values (another zero point moves along)
     Conv          Q/DQ behind it too, else it runs in float                            -> QLinearConv
     Gemm          bias as int32 on the grid s_x s_w, else it runs in float             -> QGemm
     MatMul        as it is                                                             -> MatMulIntegerToFloat
@@ -49,7 +49,7 @@ class OrtSibling(ir.passes.InPlacePass):
         zero = initializer(graph, ZERO, _UINT8_ZERO_POINT)
         for node in graph:
             if _is_activation_pair(node):
-                node.replace_input_with(2, zero)
+                node.replace_input_with(2, _unsigned(graph, node.inputs[2]))
                 if node.op_type == "QuantizeLinear":
                     node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
         for node in ops:
@@ -79,6 +79,12 @@ class OrtSibling(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         for node in model.graph:
             assert not _is_activation_pair(node) or node.inputs[2].dtype == ir.DataType.UINT8, node.name
+
+
+def _unsigned(graph: ir.Graph, zero: ir.Value) -> ir.Value:
+    """128 more."""
+    value = int(constant(zero))
+    return initializer(graph, f"{zero.name}_u8" if value else ZERO, np.uint8(int(_UINT8_ZERO_POINT) + value))
 
 
 def _is_activation_pair(node: ir.Node) -> bool:
