@@ -97,6 +97,15 @@ class Bundle:
             raise BundleError(f"{self.path}: holds no {role!r} file, only {held}. Run `qncd export` again.")
         return self.path / self.manifest.roles[role]
 
+    def corrections(self, files: Sequence[Path] = ()) -> list[Tables]:
+        """What these correction files hold, and last what the bundle's own does, nothing if it has none.
+
+        Raises BundleError for a damaged one.
+        """
+        held = "corrections" in self.manifest.roles
+        own = load_tables(self.file("corrections")) if held else Tables(self.path / "corrections.npz", (), {})
+        return [*(load_tables(path) for path in files), own]
+
     @property
     def schedule(self) -> Schedule:
         """The network's noise schedule. Raises BundleError for a bring-your-own graph that came without one."""
@@ -144,6 +153,16 @@ class Bundle:
             guidance_scale=self.guidance(sampling.guidance_scale),
         )
 
+    def key(self, sampling: Sampling, engine_id: str) -> ScheduleKey:
+        """What correction tables are fitted for: this way to sample with this engine. Raises as settled does."""
+        return ScheduleKey.of(
+            self.schedule,
+            self.sampler_config(scheduler=sampling.scheduler, n_steps=sampling.n_steps, eta=sampling.eta),
+            guidance_scale=self.guidance(sampling.guidance_scale),
+            backend=engine_id,
+            plan_sha=self.plan_sha,
+        )
+
     def sampler(
         self,
         backend: str | None = None,
@@ -179,16 +198,8 @@ class Bundle:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch size {batch_size}: expected 1 or more.")
         remainder = "f32" if float_twin else remainder
-        schedule = self.schedule
-        config = self.sampler_config(scheduler=scheduler, n_steps=n_steps, eta=eta)
-        scale = self.guidance(guidance_scale)
-        key = ScheduleKey.of(
-            schedule,
-            config,
-            guidance_scale=scale,
-            backend=make_engine_id(backend, remainder),
-            plan_sha=self.plan_sha,
-        )
+        sampling = Sampling(scheduler=scheduler, n_steps=n_steps, eta=eta, guidance_scale=guidance_scale)
+        key = self.key(sampling, make_engine_id(backend, remainder))
         table = identity_table(key) if float_twin else self._correction(correction, key, tables)
         role = "float" if float_twin else find_backend(backend).role(remainder)
         with ExitStack() as opened:
@@ -203,15 +214,15 @@ class Bundle:
                 place=self.path,
                 source=self.graph_id(role),
                 facts=self.manifest.model,
-                schedule=schedule,
+                schedule=self.schedule,
                 unet=unet,
                 decoder=engines.get("decoder"),
                 embedding=self.class_embedding,
             )
             return Sampler(
                 network,
-                config=config,
-                guidance_scale=scale,
+                config=self.sampler_config(scheduler=scheduler, n_steps=n_steps, eta=eta),
+                guidance_scale=key.guidance_scale,
                 table=table,
                 batch_size=batch_size,
                 resources=opened.pop_all(),
@@ -257,9 +268,7 @@ class Bundle:
         """
         if method == "off":
             return identity_table(key)
-        held = "corrections" in self.manifest.roles
-        own = load_tables(self.file("corrections")) if held else Tables(self.path / "corrections.npz", (), {})
-        searched = [*(load_tables(path) for path in files), own]
+        searched = self.corrections(files)
         if method == "auto":
             for tables in searched:
                 if (choice := tables.choice(key)) is not None:
@@ -272,4 +281,4 @@ class Bundle:
         for tables in searched:
             if any(table.method == method and table.key == key for table in tables.tables):
                 return tables.find(method, key)
-        return own.find(method, key)
+        return searched[-1].find(method, key)

@@ -25,7 +25,8 @@ from test_runtime import FACTS, write_bundle  # noqa: E402
 
 from qncd_deploy.bundle import read_manifest, write_manifest  # noqa: E402
 from qncd_deploy.correct.record import CorrectionTable, StepFix, save_tables  # noqa: E402
-from qncd_deploy.runtime import Bundle  # noqa: E402
+from qncd_deploy.evaluate.contest import Contest  # noqa: E402
+from qncd_deploy.runtime import Bundle, Sampling  # noqa: E402
 
 BACKEND = ("--backend", "onnxruntime", "--threads", 1)
 SMALL = (*BACKEND, "-n", 6, "--batch-size", 2)
@@ -183,6 +184,36 @@ def test_real_features_give_precision_and_recall_to_the_data(bundle: Path, home:
     own = evaluated(bundle, "--correction", "off")
     assert own["reference"]["data_precision"] is None  # the bundle's reference has no pictures
     assert own["reference"]["fid"] != facts["reference"]["fid"]
+
+
+def test_the_page_says_how_auto_chose_for_this_way_to_sample(bundle: Path, home: Path) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    opened = Bundle.open(bundle)
+    key = opened.key(Sampling(n_steps=3), "onnxruntime-f32")
+    contest = Contest(
+        choice="off",
+        objective="shift",
+        pictures=8,
+        confidence=0.95,
+        figures={"off": 0.5, "tac": 0.4},
+        screened={"off": 0.5, "tac": 0.4},
+        best="tac",
+        wins=0.6,
+    )
+    shelf = home / "engines/net-w8a8"
+    shelf.mkdir(parents=True)
+    save_tables(
+        shelf / "corrections-onnxruntime-f32.npz",
+        [CorrectionTable("tac", key, (StepFix(),) * 3)],
+        auto={key.id: "off"},
+        contests={key.id: contest.to_json()},
+    )
+    for steps, shown in ((3, True), (2, False)):
+        way = ("--n-steps", steps, "--correction", "off", "-o", f"report-{steps}")
+        assert qncd("eval", bundle, *SMALL, *way).code == 0
+        page = (home / f"report-{steps}/report.html").read_text()
+        assert ("onnxruntime-f32: no correction" in page) == shown
 
 
 def test_tables_of_another_bundle_are_not_mixed_in(bundle: Path, home: Path) -> None:

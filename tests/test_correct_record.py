@@ -92,6 +92,21 @@ def test_bytes_depend_on_the_tables_alone(tmp_path):
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
+def test_how_auto_chose_is_kept_and_may_be_missing(tmp_path):
+    keys = key_of(n_steps=3, backend="onnxruntime-f32"), key_of(n_steps=5)
+    tables = [CorrectionTable(m, key, identity_table(key).fixes) for key in keys for m in ("qncd", "ptqd")]
+    contests = {keys[0].id: {"choice": "off", "figures": {"off": 0.5, "qncd": None}}}
+    save_tables(tmp_path / "c.npz", tables, auto={}, contests=contests)
+    held = load_tables(tmp_path / "c.npz")
+    assert held.contests == contests
+    assert held.keys == keys  # by engine, each once
+    arrays = dict(np.load(tmp_path / "c.npz"))
+    meta = json.loads(arrays["meta"].tobytes())
+    del meta["contests"]
+    np.savez(tmp_path / "old.npz", **arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+    assert load_tables(tmp_path / "old.npz").contests == {}
+
+
 def test_off_and_the_choice_of_auto(tmp_path):
     key = key_of("plms", 5)
     save_tables(tmp_path / "c.npz", [CorrectionTable("qncd", key, identity_table(key).fixes)], auto={key.id: "qncd"})
@@ -109,27 +124,29 @@ def test_another_schedule_is_refused_with_the_difference_and_the_command(tmp_pat
     fitted = key_of()
     save_tables(path, [CorrectionTable("qncd", fitted, identity_table(fitted).fixes)], auto={})
     tables = load_tables(path)
-    command = "qncd fit " + str(path.parent) + " --backend {} --scheduler {} --n-steps {} --guidance-scale {}"
+    command = (
+        "qncd fit " + str(path.parent) + " --backend {} --scheduler {} --n-steps {} --guidance-scale {} --remainder {}"
+    )
     cases = [
         (
             key_of(n_steps=50),
             "correction 'qncd' was fitted for n_steps 20 (t = 951 .. 1), asked for n_steps 50 (t = 981 .. 1)",
-            command.format("openvino", "ddim", 50, "1.5"),
+            command.format("openvino", "ddim", 50, "1.5", "f32"),
         ),
         (
             key_of(guidance_scale=3.0),
             "fitted for guidance scale 1.5, asked for guidance scale 3.0",
-            command.format("openvino", "ddim", 20, "3"),
+            command.format("openvino", "ddim", 20, "3", "f32"),
         ),
         (
-            key_of(backend="onnxruntime"),
-            "fitted for backend openvino-f32, asked for backend onnxruntime",
-            command.format("onnxruntime", "ddim", 20, "1.5"),
+            key_of(backend="tensorrt-f16"),
+            "fitted for backend openvino-f32, asked for backend tensorrt-f16",
+            command.format("tensorrt", "ddim", 20, "1.5", "f16"),
         ),
         (
             key_of("plms"),
             "fitted for scheduler ddim, n_steps 20 (t = 951 .. 1), asked for scheduler plms, n_steps 20 (t = 951 .. 1)",
-            command.format("openvino", "plms", 20, "1.5"),
+            command.format("openvino", "plms", 20, "1.5", "f32"),
         ),
         (
             key_of(eta=0.5),

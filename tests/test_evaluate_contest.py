@@ -1,15 +1,18 @@
-"""The record of how a correction was chosen: what it says, and that a manifest keeps it."""
+"""The record of how a correction was chosen: what it says, and that a manifest and the tables keep it."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qncd_deploy.correct.methods import METHODS
-from qncd_deploy.evaluate.contest import Contest, half_of, kind_of
+from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, identity_table, load_tables, save_tables
+from qncd_deploy.errors import BundleError
+from qncd_deploy.evaluate.contest import Contest, contests_of, half_of, kind_of
 from qncd_deploy.files import canonical_json
 
 CONTEST = Contest(
@@ -79,3 +82,32 @@ def test_every_method_is_of_a_kind_and_a_part_of_one_is_made_of_it() -> None:
 def test_half_of_nearly_nothing_is_one() -> None:
     assert [half_of(count) for count in (1, 2, 3, 64)] == [1, 1, 1, 32]
     assert CONTEST.half == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "filter+ibc: shift 0.12 instead of 0.55 on 9 fresh pictures, better in 97% of their resamples"),
+        ({"choice": "tac"}, "tac, asked for by name"),
+        (
+            {"choice": "off", "wins": 0.894},
+            "nothing: filter+ibc, the best, is better in 89% of the resamples of 9 fresh pictures, 95% are asked for",
+        ),
+        ({"choice": "off", "best": None, "wins": None}, "nothing: none is better by shift on 9 held-out pictures"),
+    ],
+)
+def test_a_line_says_what_auto_takes_and_why(changes: dict[str, object], said: str) -> None:
+    assert replace(CONTEST, **changes).line() == said
+
+
+def test_tables_keep_it_by_the_way_to_sample(tmp_path: Path) -> None:
+    key = ScheduleKey("ddim", (501.0, 1.0), 0.0, 1.5, "epsilon", "5" * 64, "openvino-f32", "7" * 64)
+    other = replace(key, eta=1.0)
+    tables = [CorrectionTable("ptqd", each, identity_table(each).fixes) for each in (key, other)]
+    path = tmp_path / "corrections.npz"
+    save_tables(path, tables, auto={}, contests={key.id: CONTEST.to_json()})
+    (held,) = contests_of(load_tables(path)).items()
+    assert held[0] == key and held[1].line() == CONTEST.line()
+    save_tables(path, tables, auto={}, contests={key.id: {"choice": "off"}})
+    with pytest.raises(BundleError, match=r"corrections\.npz: damaged corrections .*Run `qncd fit`"):
+        contests_of(load_tables(path))

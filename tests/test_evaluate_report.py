@@ -171,7 +171,7 @@ def data() -> ReportData:
         {},
         5,
         {"openvino": "2026.4.1"},
-        {"smoothing": smoothing, "corrections": {"openvino-f32": contest().to_json()}},
+        {"smoothing": smoothing},
         {"unet.onnx": FileFacts("ab" * 32, 1234567), "plan.json": FileFacts("cd" * 32, 512)},
     )
     layers = [
@@ -190,6 +190,7 @@ def data() -> ReportData:
         comparison(),
         machine={"processor": "Other CPU", "cores": "2"},
         bench=bench_result(),
+        contests={"openvino-f32": contest()},
         notes=[f"a note {EVIL}"],
     )
 
@@ -277,8 +278,8 @@ def test_the_variant_that_the_bundle_is_can_be_named() -> None:
 
 def with_contest(given: Contest) -> ReportData:
     bare = data()
-    quality = {"corrections": {"openvino-f32": given.to_json()}}
-    return replace(bare, manifest=replace(bare.manifest, quality=quality), comparison=None)
+    manifest = replace(bare.manifest, quality={})
+    return replace(bare, manifest=manifest, comparison=None, contests={"openvino-f32": given})
 
 
 def words(given: ReportData) -> str:

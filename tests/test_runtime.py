@@ -163,7 +163,8 @@ def test_auto_takes_what_was_chosen_for_exactly_this_key(tmp_path: Path, caplog:
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == (
         "no correction was fitted for this backend and schedule, so none is used. Fit one with "
-        f"`qncd fit {folder} --backend onnxruntime --scheduler ddim --n-steps 4 --guidance-scale 1.5`."
+        f"`qncd fit {folder} --backend onnxruntime --scheduler ddim --n-steps 4 --guidance-scale 1.5 "
+        "--remainder f32`."
     )
     caplog.clear()
 

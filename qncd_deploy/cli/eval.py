@@ -122,7 +122,16 @@ def eval_command(context: click.Context, /, bundle: Path, as_json: bool, **flags
         found = evaluate(opened, options, tick)
     facts = evaluation_json(opened, options, found)
     if flags["out"] is not None:
-        write_results(flags["out"], opened, facts, name=JSON, comparison=found, command=typed_command())
+        write_results(
+            flags["out"],
+            opened,
+            facts,
+            name=JSON,
+            comparison=found,
+            sampling=options.draw.sampling,
+            tables=options.tables,
+            command=typed_command(),
+        )
     if as_json:
         print_json(facts)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,17 +20,18 @@ from qncd_deploy.cli.options import (
     backend_option,
     bundle_argument,
     engine_dir_option,
+    fitted_tables,
     json_option,
     print_json,
     remainder_option,
 )
-from qncd_deploy.correct.record import load_tables
 from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, default_backend, find_backend
 from qncd_deploy.engines.stored import load_stored
 from qncd_deploy.engines.trt.library import open_library
 from qncd_deploy.engines.trt.options import TARGETS
 from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts
 from qncd_deploy.errors import BackendMissing, BundleError, EngineError
+from qncd_deploy.evaluate.contest import OFF, Contest, contests_of
 from qncd_deploy.runtime import Bundle
 
 
@@ -54,7 +56,7 @@ def inspect_command(
     engines = _engines(engine_dir / bundle.resolve().name, backend)
     compiles = kernels and find_backend(backend or default_backend()).device == "cpu"
     found = _kernels(opened, backend, remainder) if compiles else []
-    corrections = _corrections(opened)
+    corrections = _corrections(opened, fitted_tables(engine_dir, bundle))
     if as_json:
         facts = {"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found}
         print_json({**facts, "engines": {path.name: asdict(engine) for path, engine in engines.items()}})
@@ -71,8 +73,10 @@ def inspect_command(
     for line in corrections:
         console.print(
             f"correction {line['choice']} of {', '.join(line['methods'])} for {line['backend']}, {line['scheduler']} "
-            f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}"
+            f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}, in {line['file']}"
         )
+        if line["contest"] is not None:
+            console.print(f"    auto takes {Contest.from_json(line['contest']).line()}")
     for kernel in found:
         console.print(_kernel_line(**kernel))
     for path, engine in engines.items():
@@ -115,23 +119,27 @@ def _row(layer: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _corrections(bundle: Bundle) -> list[dict[str, Any]]:
-    if "corrections" not in bundle.manifest.roles:
-        return []
-    tables = load_tables(bundle.file("corrections"))
-    keys = {table.key.id: table.key for table in tables.tables}
-    return [
-        {
-            "backend": key.backend,
-            "scheduler": key.scheduler,
-            "n_steps": key.n_steps,
-            "eta": key.eta,
-            "guidance_scale": key.guidance_scale,
-            "methods": sorted(table.method for table in tables.tables if table.key.id == key_id),
-            "choice": tables.choice(key) or "off",
-        }
-        for key_id, key in sorted(keys.items(), key=lambda item: item[1].backend)
-    ]
+def _corrections(bundle: Bundle, files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What was fitted for this bundle's plan and how it was chosen, in the order in which `qncd sample` looks."""
+    found = []
+    for tables in bundle.corrections(files):
+        contests = contests_of(tables)
+        found += [
+            {
+                "file": str(tables.path),
+                "backend": key.backend,
+                "scheduler": key.scheduler,
+                "n_steps": key.n_steps,
+                "eta": key.eta,
+                "guidance_scale": key.guidance_scale,
+                "methods": sorted(table.method for table in tables.tables if table.key == key),
+                "choice": tables.choice(key) or OFF,
+                "contest": contests[key].to_json() if key in contests else None,
+            }
+            for key in tables.keys
+            if key.plan_sha == bundle.plan_sha
+        ]
+    return found
 
 
 def _kernels(bundle: Bundle, backend: str | None, remainder: Remainder | None) -> list[dict[str, Any]]:

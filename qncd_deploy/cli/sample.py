@@ -155,7 +155,8 @@ def fit_command(
 ) -> None:
     """Fit correction tables for one engine and one schedule, and choose among them on held-out pictures.
 
-    The tables go to ENGINE_DIR/NAME-FORMAT/, where `qncd sample` looks before the bundle's own.
+    The tables go to ENGINE_DIR/NAME-FORMAT/, where `qncd sample` looks before the bundle's own; how they were chosen
+    is kept with them, for `qncd inspect` and the page of `qncd eval -o FOLDER`.
     """
     opened = Bundle.open(bundle)
     backend = backend or default_backend()
@@ -172,9 +173,6 @@ def fit_command(
     with Bars().stage("fitting") as tick:
         path, fitted = fit_into(engine_dir / bundle.resolve().name, opened, options, tick)
     if as_json:
-        print_json(
-            {"output": str(path), "choice": fitted.choice, "objective": fitted.objective, "figures": fitted.figures}
-        )
+        print_json({"output": str(path), **fitted.to_json()})
         return
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in fitted.figures.items())
-    click.echo(f"{path}  auto = {fitted.choice} (by {fitted.objective}: {figures})")
+    click.echo(f"{path}  auto takes {fitted.line()}")

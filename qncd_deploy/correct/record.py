@@ -177,11 +177,11 @@ class ScheduleKey:
 
     def fit_command(self, bundle: Path | str) -> str:
         """The command that fits a table for this key."""
-        backend = self.backend.removesuffix("-f32").removesuffix("-bf16")
+        backend, _, remainder = self.backend.rpartition("-")
         eta = f" --eta {self.eta:g}" if self.eta else ""
         return (
             f"qncd fit {bundle} --backend {backend} --scheduler {self.scheduler} --n-steps {self.n_steps}{eta} "
-            f"--guidance-scale {self.guidance_scale:g}"
+            f"--guidance-scale {self.guidance_scale:g} --remainder {remainder}"
         )
 
 
@@ -205,11 +205,21 @@ def identity_table(key: ScheduleKey) -> CorrectionTable:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Everything in one corrections file. auto: key id -> the method that `--correction auto` chose there."""
+    """Everything in one corrections file.
+
+    auto: key id -> the method that `--correction auto` chose there;  contests: key id -> how it was chosen, as
+    evaluate.contest keeps it (plain JSON values).
+    """
 
     path: Path
     tables: tuple[CorrectionTable, ...]
     auto: Mapping[str, str]
+    contests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> tuple[ScheduleKey, ...]:
+        """The ways to sample that something was fitted for, each once, by engine."""
+        return tuple(sorted({table.key for table in self.tables}, key=lambda key: (key.backend, key.id)))
 
     def choice(self, key: ScheduleKey) -> str | None:
         """The method that was chosen for this key; None if nothing was fitted for it."""
@@ -231,12 +241,19 @@ class Tables:
         raise ScheduleError(f"{self.path}: correction {method!r} was {nearest.key.mismatch(key)}. {run}")
 
 
-def save_tables(path: Path, tables: Sequence[CorrectionTable], *, auto: Mapping[str, str]) -> None:
+def save_tables(
+    path: Path,
+    tables: Sequence[CorrectionTable],
+    *,
+    auto: Mapping[str, str],
+    contests: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Write a corrections file, whole or not at all; its bytes depend on the tables alone, not on their order.
 
-    Layout: `meta`, UTF-8 JSON as uint8: {"schema", "auto", "tables": [{"method", "key", "info", "rows"}]}, where a row
-    holds only what differs from StepFix(); an array is {"array": name, "index": i}: entry i of the float32 array
-    `name`, which stacks one field's values over the rows of one table that have the same shape.
+    Layout: `meta`, UTF-8 JSON as uint8: {"schema", "auto", "contests", "tables": [{"method", "key", "info", "rows"}]},
+    where a row holds only what differs from StepFix(); an array is {"array": name, "index": i}: entry i of the float32
+    array `name`, which stacks one field's values over the rows of one table that have the same shape. Files of earlier
+    versions have no contests.
     """
     arrays: dict[str, np.ndarray] = {}
     entries = []
@@ -245,7 +262,7 @@ def save_tables(path: Path, tables: Sequence[CorrectionTable], *, auto: Mapping[
         rows = [_row_to_json(fix, f"{number:03d}", stacks) for fix in table.fixes]
         arrays |= {name: np.stack(values) for name, values in stacks.items()}
         entries.append({"method": table.method, "key": asdict(table.key), "info": dict(table.info), "rows": rows})
-    meta = {"schema": SCHEMA, "auto": dict(auto), "tables": entries}
+    meta = {"schema": SCHEMA, "auto": dict(auto), "contests": dict(contests or {}), "tables": entries}
     save_npz(path, arrays | {"meta": np.frombuffer(canonical_json(meta).encode(), dtype=np.uint8)})
 
 
@@ -274,7 +291,7 @@ def load_tables(path: Path) -> Tables:
         )
     except (KeyError, IndexError, TypeError, AssertionError, ScheduleError) as exc:
         raise BundleError(f"{path}: damaged corrections ({exc!r}). Run `qncd fit` to fit them again.") from exc
-    return Tables(path, tables, dict(meta["auto"]))
+    return Tables(path, tables, dict(meta["auto"]), dict(meta.get("contests", {})))
 
 
 def _row_to_json(fix: StepFix, table: str, stacks: dict[str, list[np.ndarray]]) -> dict[str, Any]:

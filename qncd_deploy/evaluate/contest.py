@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from qncd_deploy.correct.methods import METHODS
+from qncd_deploy.correct.record import ScheduleKey, Tables
+from qncd_deploy.errors import BundleError
 
 OBJECTIVES = ("shift", "psnr")
 OFF = "off"
@@ -43,7 +45,7 @@ class Contest:
     latent_snr_db: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For a manifest: plain values, rounded to what means anything; null for what is no finite number."""
+        """To be kept: plain values, rounded to what means anything; null for what is no finite number."""
         return {
             "choice": self.choice,
             "objective": self.objective,
@@ -68,6 +70,23 @@ class Contest:
             plain[tried] = {name: math.nan if value is None else value for name, value in data[tried].items()}
         plain["latent_snr_db"] = {name: tuple(values) for name, values in data["latent_snr_db"].items()}
         return cls(**plain)
+
+    def line(self) -> str:
+        """What auto takes and why, in a line."""
+        if self.choice == OFF and self.best is None:
+            return f"nothing: none is better by {self.objective} on {self.pictures} held-out pictures"
+        if self.choice == OFF:
+            return (
+                f"nothing: {self.best}, the best, is better in {self.wins:.0%} of the resamples of {self.pictures} "
+                f"fresh pictures, {self.confidence:.0%} are asked for"
+            )
+        if not self.significant:
+            return f"{self.choice}, asked for by name"
+        figure, plain = (f"{self.confirmed[name]:.3g}" for name in (self.choice, OFF))
+        return (
+            f"{self.choice}: {self.objective} {figure} instead of {plain} on {self.pictures} fresh pictures, better in "
+            f"{self.wins:.0%} of their resamples"
+        )
 
     @property
     def less_is_better(self) -> bool:
@@ -122,6 +141,14 @@ class Contest:
         ranked = (OFF, self.choice, self.best_published, *others)
         names = [name for name in dict.fromkeys(ranked) if name is not None and name in self.latent_snr_db]
         return {name: self.latent_snr_db[name] for name in names[:most]}
+
+
+def contests_of(tables: Tables) -> dict[ScheduleKey, Contest]:
+    """How the choices of a corrections file came about, where it says so. Raises BundleError if it is damaged there."""
+    try:
+        return {key: Contest.from_json(tables.contests[key.id]) for key in tables.keys if key.id in tables.contests}
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise BundleError(f"{tables.path}: damaged corrections ({exc!r}). Run `qncd fit` to fit them again.") from exc
 
 
 @dataclass(frozen=True)

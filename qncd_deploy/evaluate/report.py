@@ -49,10 +49,10 @@ KINDS: Mapping[Kind, str] = {
 class ReportData:
     """All that the page shows.
 
-    manifest: of the bundle; its quality["smoothing"] and quality["corrections"], if any, are what pipeline.export
-    writes;  layers: those of plan.json;  graph_bytes: by file name, measure.graph_bytes;  command: what makes the page
-    again;  comparison: None for a network that cannot sample;  machine: what it was measured on, measure.machine;
-    variant: which one of the comparison the bundle is, its first by default.
+    manifest: of the bundle; its quality["smoothing"], if any, is what pipeline.export writes;  layers: those of
+    plan.json;  graph_bytes: by file name, measure.graph_bytes;  command: what makes the page again;  comparison: None
+    for a network that cannot sample;  machine: what it was measured on, measure.machine;  variant: which one of the
+    comparison the bundle is, its first by default;  contests: how auto chose, by engine.
     """
 
     manifest: Manifest
@@ -63,6 +63,7 @@ class ReportData:
     machine: Mapping[str, str] = field(default_factory=dict)
     variant: str | None = None
     bench: BenchResult | None = None
+    contests: Mapping[str, Contest] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     @property
@@ -118,7 +119,6 @@ def render(data: ReportData) -> str:
     environment.filters |= {"mib": _mib, "snr": _snr, "number": _number, "percent": _percent, "shape": _shape}
     template = environment.from_string(files("qncd_deploy.evaluate").joinpath("report.html").read_text("utf-8"))
     main = data.main
-    quality = data.manifest.quality
     return template.render(
         data=data,
         manifest=data.manifest,
@@ -128,11 +128,11 @@ def render(data: ReportData) -> str:
         gain=GAIN,
         overview=[] if data.comparison is None else list(_overview(data.comparison)),
         curves=[] if data.comparison is None else list(_curves(data.comparison)),
-        contests={engine: Contest.from_json(held) for engine, held in quality.get("corrections", {}).items()},
+        contests=data.contests,
         kinds=KINDS,
         contest_plots=lambda contest: list(_contest_plots(contest)),
         layers=group_layers(data.layers),
-        smoothing=quality.get("smoothing", {}),
+        smoothing=data.manifest.quality.get("smoothing", {}),
     )
 
 

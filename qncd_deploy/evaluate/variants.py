@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qncd_deploy.correct.record import ScheduleKey, load_tables
+from qncd_deploy.correct.record import ScheduleKey
 from qncd_deploy.engines.base import Remainder
 from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.batches import Draw
@@ -58,8 +58,7 @@ def fitted_methods(bundle: Bundle, key: ScheduleKey, tables: Sequence[Path] = ()
 
     tables: correction files beside the bundle's own. Raises BundleError for a damaged file.
     """
-    own = (bundle.file("corrections"),) if "corrections" in bundle.manifest.roles else ()
-    held = [table for path in (*tables, *own) for table in load_tables(path).tables]
+    held = [table for each in bundle.corrections(tables) for table in each.tables]
     return tuple(sorted({table.method for table in held if table.key == key}))
 
 

@@ -145,8 +145,9 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
 
 
 def fit_into(folder: Path, bundle: Bundle, options: FitOptions, tick: Tick) -> tuple[Path, Fitted]:
-    """Fit, and add the tables to FOLDER/corrections-ENGINE.npz, which is returned. Raises as fit does; an interrupted
-    fit goes on where it stopped.
+    """Fit, and add the tables and how auto chose to FOLDER/corrections-ENGINE.npz, which is returned.
+
+    Raises as fit does; an interrupted fit goes on where it stopped.
     """
     work = folder / "fits"
     work.mkdir(parents=True, exist_ok=True)
@@ -164,13 +165,16 @@ def _twin_backend(backend: str) -> str:
 
 
 def merge_into(path: Path, fitted: Sequence[Fitted]) -> None:
-    """Add tables to a corrections file, in place of older ones for the same keys."""
+    """Add tables, with how auto chose among them, to a corrections file, in place of older ones for the same keys."""
     held = load_tables(path) if path.exists() else Tables(path, (), {})
-    new = [table for each in fitted for table in each.tables]
-    keys = {table.key.id for table in new}
-    auto = {key: method for key, method in held.auto.items() if key not in keys}
-    auto |= {each.tables[0].key.id: each.choice for each in fitted if each.tables}
-    save_tables(path, [*(table for table in held.tables if table.key.id not in keys), *new], auto=auto)
+    new = {each.tables[0].key.id: each for each in fitted if each.tables}
+    kept = [table for table in held.tables if table.key.id not in new]
+    save_tables(
+        path,
+        [*kept, *(table for each in new.values() for table in each.tables)],
+        auto={**held.auto, **{key: each.choice for key, each in new.items()}},
+        contests={**held.contests, **{key: each.to_json() for key, each in new.items()}},
+    )
 
 
 class _Work:

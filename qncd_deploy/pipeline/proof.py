@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from qncd_deploy.engines.base import default_backend
 from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
+from qncd_deploy.evaluate.contest import Contest, contests_of
 from qncd_deploy.evaluate.judge import Draw, Figures
 from qncd_deploy.evaluate.measure import graph_bytes, machine
 from qncd_deploy.evaluate.metrics import Estimate
 from qncd_deploy.pipeline.progress import Tick
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import AS_EXPORTED, Bundle, Sampling
 
 FIRST_PICTURE = 1 << 27
 """Pictures from here on: none of them was calibrated, fitted or chosen on, and `--seed` shows none of them first."""
@@ -73,9 +75,19 @@ def _rounded(found: Estimate | None) -> float | None:
 
 
 def write_page(
-    folder: Path, bundle: Bundle, comparison: Comparison | None, *, bench: BenchResult | None = None, command: str
+    folder: Path,
+    bundle: Bundle,
+    comparison: Comparison | None,
+    *,
+    bench: BenchResult | None = None,
+    sampling: Sampling = AS_EXPORTED,
+    tables: Sequence[Path] = (),
+    command: str,
 ) -> bool:
-    """Write report.html about a bundle, if the libraries of the `report` extra are here; says whether it did."""
+    """Write report.html about a bundle, if the libraries of the `report` extra are here; says whether it did.
+
+    sampling, tables: the way to sample and the correction files whose contests are shown, see Bundle.sampler.
+    """
     try:
         from qncd_deploy.evaluate.report import ReportData, write_report
     except ImportError:
@@ -90,6 +102,17 @@ def write_page(
         comparison=comparison,
         bench=bench,
         machine=machine(),
+        contests=_contests(bundle, sampling, tables),
     )
     write_report(folder / "report.html", data)
     return True
+
+
+def _contests(bundle: Bundle, sampling: Sampling, files: Sequence[Path]) -> dict[str, Contest]:
+    """How auto chose for this way to sample, by engine; as in Bundle.sampler, the first file that has it counts."""
+    found: dict[str, Contest] = {}
+    for tables in bundle.corrections(files):
+        for key, contest in contests_of(tables).items():
+            if key == bundle.key(sampling, key.backend):
+                found.setdefault(key.backend, contest)
+    return found

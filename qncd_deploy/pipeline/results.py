@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.files import atomic_file, canonical_json
 from qncd_deploy.pipeline.proof import write_page
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import AS_EXPORTED, Bundle, Sampling
 
 
 def check_output(out: Path) -> None:
@@ -44,8 +44,10 @@ def write_results(
     command: str,
     comparison: Comparison | None = None,
     bench: BenchResult | None = None,
+    sampling: Sampling = AS_EXPORTED,
+    tables: Sequence[Path] = (),
 ) -> None:
-    """As write_json; in a folder report.html too, if the `report` extra is here."""
+    """As write_json; in a folder report.html too, if the `report` extra is here: see write_page."""
     write_json(out, facts, name=name)
     if out.is_dir():
-        write_page(out, bundle, comparison, bench=bench, command=command)
+        write_page(out, bundle, comparison, bench=bench, sampling=sampling, tables=tables, command=command)
