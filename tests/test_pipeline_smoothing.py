@@ -18,6 +18,7 @@ pytest.importorskip("diffusers", reason="the helpers make networks with it")
 from export_helpers import parsed, run  # noqa: E402
 
 from qncd_deploy.calib.trajectories import CalibSet, load_user_npz  # noqa: E402
+from qncd_deploy.cli.export import _smoothing_line  # noqa: E402
 from qncd_deploy.export.linears import find_linear_edges  # noqa: E402
 from qncd_deploy.pipeline import smoothing as judging  # noqa: E402
 from qncd_deploy.pipeline.network import FloatNetwork, read_network  # noqa: E402
@@ -193,3 +194,12 @@ def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains,
 def test_more_attempts_need_more_evidence() -> None:
     gain = ROWS - ROWS.mean() + 2.0 * ROWS.std(ddof=1) / len(ROWS) ** 0.5  # two standard errors: one-sided 2.3 %
     assert judging._beyond_chance(gain, tried=1) and not judging._beyond_chance(gain, tried=3)
+
+
+def test_the_summary_says_what_gains_and_what_was_folded() -> None:
+    found = Smoothing({"b": decision("b")}, {"q": decision("q", "k"), "o": decision("o")}, ("b", "q"), (2e-4, 1e-4))
+    assert _smoothing_line(found) == (
+        "folded into 1 residual blocks and 1 inputs of Linears: 1 of 1 residual blocks and 2 of 2 inputs of Linears "
+        "gain by themselves, the network's output error goes from 0.0002 to 0.0001"
+    )
+    assert _smoothing_line(replace(found, blocks={}, folded=())).startswith("refused: 2 of 2 inputs of Linears gain")
