@@ -162,6 +162,7 @@ def data() -> ReportData:
             },
         },
     }
+    splitting = {"split": 1, "convolutions": {"up.conv_shortcut.weight": {"split": True, "error": [2e-3, 1e-3]}}}
     manifest = Manifest(
         EVIL,
         "w8a8",
@@ -171,7 +172,7 @@ def data() -> ReportData:
         {},
         5,
         {"openvino": "2026.4.1"},
-        {"smoothing": smoothing},
+        {"smoothing": smoothing, "splitting": splitting},
         {"unet.onnx": FileFacts("ab" * 32, 1234567), "plan.json": FileFacts("cd" * 32, 512)},
     )
     layers = [
@@ -229,6 +230,7 @@ def test_the_page_holds_its_numbers() -> None:
         "Other CPU",
         "openvino-bf16", "3.00 ± 1.75", "41", "Some CPU", "quick, call_ms: noisy",
         "mid.conv2.weight", "30.0", "37.0", "qncd alpha 0.5", "to_q.weight, to_k.weight",
+        "up.conv_shortcut.weight", "27.0",
         "1.2 MiB", "0.5 KiB", "abababababababab",
         "1234567812345678", "2026.4.1",
         "64×32×3×3, 8/8 bits", "17.3", "12.9", "last convolution",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from export_helpers import Arrays, feeds_for, minmax_plan, randomize, relative_rms, run, run_torch, saved, traced
+from skip_network import MAIN, SHORTCUT, skip_feeds, skip_network
 
 from qncd_deploy.engines.trt.build import BuiltEngine, build
 from qncd_deploy.engines.trt.kernels import KernelTable
@@ -20,6 +21,7 @@ from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.shift import ShiftZeroPoints
 from qncd_deploy.export.passes.smooth import FoldSmoothing
+from qncd_deploy.export.passes.split import SplitShortcuts
 from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace
 from qncd_deploy.export.verify import TENSORRT, verify
@@ -80,6 +82,15 @@ def test_small_networks_build(kind, bits, zero_points, library, tmp_path):
     plan = minmax_plan(
         model, feeds, weight_bits=bits[0], act_bits=bits[1], asymmetric=True, eight_bits_asymmetric=zero_points
     )
+    assert_kernels_are_the_plans(build_sibling(library, model, plan, tmp_path), plan)
+
+
+def test_a_split_convolution_is_two_integer_kernels(library, tmp_path):
+    model = skip_network(loudness=30)
+    whole = minmax_plan(model, skip_feeds(2))
+    SplitShortcuts([MAIN, SHORTCUT])(model)
+    plan = minmax_plan(model, skip_feeds(2))
+    assert len(plan.quantized) == len(whole.quantized) + 2
     assert_kernels_are_the_plans(build_sibling(library, model, plan, tmp_path), plan)
 
 

@@ -18,7 +18,8 @@ ORDER = (
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
-    "calibrate", "network", "smoothing", "quantize", "output_error", "free_run", "sensitivity", "export", "dry_run",
+    "calibrate", "network", "smoothing", "splitting", "quantize", "output_error", "free_run", "sensitivity", "export",
+    "dry_run",
 ))  # fmt: skip
 """Parts of the pipeline that only `qncd export` runs."""
 

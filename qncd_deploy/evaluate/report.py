@@ -49,10 +49,10 @@ KINDS: Mapping[Kind, str] = {
 class ReportData:
     """All that the page shows.
 
-    manifest: of the bundle; its quality["smoothing"], if any, is what pipeline.export writes;  layers: those of
-    plan.json;  graph_bytes: by file name, measure.graph_bytes;  command: what makes the page again;  comparison: None
-    for a network that cannot sample;  machine: what it was measured on, measure.machine;  variant: which one of the
-    comparison the bundle is, its first by default;  contests: how auto chose, by engine.
+    manifest: of the bundle; its quality["smoothing"] and ["splitting"], if any, are what pipeline.export writes;
+    layers: those of plan.json;  graph_bytes: by file name, measure.graph_bytes;  command: what makes the page again;
+    comparison: None for a network that cannot sample;  machine: what it was measured on, measure.machine;  variant:
+    which one of the comparison the bundle is, its first by default;  contests: how auto chose, by engine.
     """
 
     manifest: Manifest
@@ -133,6 +133,7 @@ def render(data: ReportData) -> str:
         contest_plots=lambda contest: list(_contest_plots(contest)),
         layers=group_layers(data.layers),
         smoothing=data.manifest.quality.get("smoothing", {}),
+        splitting=data.manifest.quality.get("splitting", {}),
     )
 
 

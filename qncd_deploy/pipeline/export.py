@@ -35,7 +35,6 @@ from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
 from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, unquantized
 from qncd_deploy.pipeline.smoothing import Smoothing
-from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.quant.policy import FLOAT_FORMAT
 from qncd_deploy.runtime import Bundle
 
@@ -183,7 +182,7 @@ def _manifest(network: FloatNetwork, quantized: Quantized | None, options: Expor
         recipe=_recipe(options),
         seed=options.seed,
         versions=_versions(),
-        quality={} if quantized is None else {"smoothing": _smoothing(quantized.smoothing)} | _output(quantized.plan),
+        quality={} if quantized is None else _quality(quantized),
     )
 
 
@@ -201,6 +200,13 @@ def _versions() -> dict[str, str]:
             found[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def _quality(quantized: Quantized) -> dict[str, Any]:
+    found = {"smoothing": _smoothing(quantized.smoothing), "splitting": quantized.splitting.to_json()}
+    if quantized.plan.output_sqnr_db is not None:
+        found["output_sqnr_db"] = quantized.plan.output_sqnr_db
     return found
 
 
@@ -225,10 +231,6 @@ def _decision(name: str, smoothing: Smoothing) -> dict[str, Any]:
         "folded": name in smoothing.folded,
         "block_error": [decision.error_before, decision.error_after],
     }
-
-
-def _output(plan: QuantPlan) -> dict[str, Any]:
-    return {} if plan.output_sqnr_db is None else {"output_sqnr_db": plan.output_sqnr_db}
 
 
 def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:

@@ -13,6 +13,7 @@ from qncd_deploy.evaluate.contest import OBJECTIVES
 
 FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
+SPLITTING = ("auto", "off", "shortcut", "all")
 CORRECTIONS = ("auto", "off", *METHODS)
 CALIB_METHODS = ("minmax", "percentile", "mse")
 ASYMMETRIC = ("auto", "off", "all")
@@ -27,7 +28,9 @@ class ExportOptions:
     checkpoint: CompVis checkpoint, diffusers folder or float ONNX graph. config: the YAML of a checkpoint, or the
     scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network calls
     recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of
-    the multiplications that may stay float where rounding costs most. alpha: None tries several. gate: fold smoothing
+    the multiplications that may stay float where rounding costs most. split: "shortcut" quantizes the shortcut
+    convolutions of skip concatenations half by half, "auto" those whose held-out error that lowers by enough, "all" the
+    blocks' main convolutions too. alpha: None tries several. gate: fold smoothing
     only where it lowers the held-out error (False is for studies of the method itself). fit_size: pictures that
     corrections are fitted on; auto chooses on twice as many.
     """
@@ -53,6 +56,7 @@ class ExportOptions:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     keep_float: float = 2.0
+    split: str = "auto"
     smooth: str = "qncd"
     alpha: float | None = None
     correction: str = "auto"
@@ -67,6 +71,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for flag, value, known in (
             ("--format", self.format, FORMATS),
+            ("--split", self.split, SPLITTING),
             ("--smooth", self.smooth, SMOOTHING),
             ("--correction", self.correction, CORRECTIONS),
             ("--objective", self.objective, OBJECTIVES),

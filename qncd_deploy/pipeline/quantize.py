@@ -25,6 +25,7 @@ from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Progress, Tick
 from qncd_deploy.pipeline.sensitivity import edge_costs
 from qncd_deploy.pipeline.smoothing import Smoothing, find_smoothing, judge
+from qncd_deploy.pipeline.splitting import Splitting, find_splitting
 from qncd_deploy.quant.budget import keep_float
 from qncd_deploy.quant.decide import check_patterns, decide, make_plan
 from qncd_deploy.quant.plan import QuantPlan
@@ -35,10 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """The plan, what became of smoothing, and the graphs by file name (the float twin too)."""
+    """The plan, what became of smoothing and of splitting, and the graphs by file name (the float twin too)."""
 
     plan: QuantPlan
     smoothing: Smoothing
+    splitting: Splitting
     graphs: Mapping[str, ir.Model]
 
 
@@ -58,13 +60,13 @@ def policy_of(options: ExportOptions) -> Policy:
 def unquantized(network: FloatNetwork, options: ExportOptions) -> Quantized:
     """The plan and the graphs of a bundle whose layers all stay in float: the baseline of the quantized ones."""
     plan = make_plan(network.sites, {}, {}, policy_of(options))
-    return Quantized(plan, Smoothing.none(), _graphs(network.model, network.model.clone(), plan))
+    return Quantized(plan, Smoothing.none(), Splitting({}, ()), _graphs(network.model, network.model.clone(), plan))
 
 
 def quantize(
     network: FloatNetwork, calib: CalibSet, options: ExportOptions, scratch: Path, progress: Progress
 ) -> Quantized:
-    """Smooth, observe, plan, and insert Q/DQ. scratch: a folder for graphs that only calibration runs.
+    """Smooth, split, observe, plan, and insert Q/DQ. scratch: a folder for graphs that only calibration runs.
 
     Raises: PlanError, CalibrationError or ExportError, naming the layer.
     """
@@ -72,15 +74,18 @@ def quantize(
     check_patterns(network.sites, policy)
     with progress.stage("smoothing") as tick:
         smoothing = find_smoothing(network, calib, options, policy, scratch, tick)
+    with progress.stage("split shortcuts") as tick:
+        splitting = find_splitting(network, calib, options, policy, scratch, tick)
     alternatives = smoothing.alternatives() if options.gate else (smoothing,)
-    smoothed = smoothing.divide(network.model)
+    plain, smoothed = splitting.apply(network.model), splitting.apply(smoothing.divide(network.model))
     with progress.stage("ranges") as tick:
-        seen = _ranges(network, (network.model, smoothed), calib, policy, scratch, tick)
+        seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
     exceptions: Mapping[str, str] = {}
     if options.keep_float:
         with progress.stage("sensitivity"):
             exceptions = _exceptions(network, smoothed, calib, seen, options, policy, scratch)
-    drafts = [_draft(network, each.fold(network.model), seen, policy, exceptions) for each in alternatives]
+    models = [splitting.apply(each.fold(network.model)) for each in alternatives]
+    drafts = [_draft(network, model, seen, policy, exceptions) for model in models]
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
@@ -88,7 +93,7 @@ def quantize(
             chosen, smoothing = judge(network, alternatives, forms, calib, options, scratch)
     draft = drafts[chosen]
     with progress.stage("graphs"):
-        return Quantized(draft.plan, smoothing, _graphs(network.model, draft.master(), draft.plan))
+        return Quantized(draft.plan, smoothing, splitting, _graphs(network.model, draft.master(), draft.plan))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import PlanError
 from qncd_deploy.quant.grid import Grid, fake_quantize
-from qncd_deploy.quant.plan import LayerPlan, LayerSite, QuantPlan, float32_text
+from qncd_deploy.quant.plan import HALVES, LayerPlan, LayerSite, QuantPlan, float32_text
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db
 
@@ -74,7 +74,7 @@ def check_patterns(sites: Sequence[LayerSite], policy: Policy) -> None:
     """Raises PlanError for a pattern of the policy that matches no weight."""
     for option, patterns in (("--exclude", policy.exclude), ("--include", policy.include)):
         for pattern in patterns:
-            if not any(re.search(pattern, site.name) for site in sites):
+            if not any(_first_match((pattern,), site.name) for site in sites):
                 raise PlanError(
                     f"{option} {pattern!r}: matches none of {len(sites)} weights. `qncd export --dry-run` lists them."
                 )
@@ -103,7 +103,9 @@ def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
 
 
 def _first_match(patterns: Sequence[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+    """The first that is found in the name, or in that of the weight of which it is a half."""
+    names = {name, *(name.removesuffix(half) for half in HALVES)}
+    return next((pattern for pattern in patterns if any(re.search(pattern, each) for each in names)), None)
 
 
 def _linear_level(name: str) -> tuple[float, str]:

@@ -20,6 +20,9 @@ from qncd_deploy.quant.grid import Grid, limits, narrow_weights
 
 SCHEMA = 1
 
+HALVES = (".h", ".s")
+"""Behind a split layer's name: what weighs the first of two concatenated tensors, and the second (see quant.split)."""
+
 Op = Literal["Conv", "Gemm", "MatMul"]
 Role = Literal["body", "first", "last", "time", "label", "small"]
 
