@@ -142,8 +142,8 @@ def test_what_fit_writes_is_what_sample_then_takes(
     assert told[0]["file"] == facts["output"]  # looked into before the bundle's own
     assert told[0]["contest"] == {name: value for name, value in facts.items() if name != "output"}
     assert told[0]["n_steps"] == 12 and told[-1]["file"] == str(bundle / "corrections.npz")
-    text = qncd("inspect", bundle).out
-    assert text.count("    auto takes ") == len(told) and f"12 steps, guidance 1.5, in {facts['output']}" in text
+    text = " ".join(qncd("inspect", bundle).out.split())  # lines are folded
+    assert text.count(" auto takes ") == len(told) and f"12 steps, guidance 1.5, in {facts['output']}" in text
     for method in ("qncd", "qncd:paper"):
         used = json.loads(qncd("sample", bundle, "-n", 1, *way, "--correction", method, "--json").out)
         assert used["correction"] == method
