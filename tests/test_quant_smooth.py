@@ -31,6 +31,7 @@ RNG = np.random.default_rng(0)
 LOUD = np.where(np.arange(C) % 8 == 0, 30.0, 1.0)  # two channels thirty times as loud as the others
 WEIGHT = (RNG.normal(size=(C, C, 3, 3)) / LOUD.reshape(1, -1, 1, 1)).astype(np.float32)
 CONV = Reader(LayerSite("conv2.weight", "Conv", WEIGHT.shape, "u", "y", 0), WEIGHT)
+EVEN = Reader(CONV.site, (WEIGHT * LOUD.reshape(1, -1, 1, 1)).astype(np.float32))
 ONES = np.ones(C, np.float32)
 POLICY = Policy()
 
@@ -40,7 +41,7 @@ def samples(seed: int) -> np.ndarray:
     return u.astype(np.float32)
 
 
-FIT, HELD_OUT = samples(1), samples(2)
+FIT, HELD_OUT, TUNE = samples(1), samples(2), samples(3)
 
 
 def test_output_error_is_that_of_the_quantized_convolution() -> None:
@@ -81,9 +82,22 @@ def test_a_gain_too_small_for_a_multiplication_is_not_kept() -> None:
 
 def test_the_best_candidate_is_chosen() -> None:
     factors = {f"alpha {a}": (LOUD**a).astype(np.float32) for a in (-0.5, 0.0, 0.25, 1.0)}
-    decision = choose(factors, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = choose(factors, [CONV], fit=FIT, tune=TUNE, held_out=HELD_OUT, policy=POLICY)
     assert decision.label == "alpha 1.0" and decision.kept
     np.testing.assert_array_equal(decision.factors, factors["alpha 1.0"])
+
+
+def test_a_factor_is_not_chosen_by_the_samples_it_was_made_from() -> None:
+    """A channel that was quiet by chance: raising it to the others' range looks best there, and clips elsewhere."""
+    lucky = FIT / LOUD.reshape(1, -1, 1, 1).astype(np.float32)
+    lucky[:, 3] *= 0.01
+    seen = {"half": np.ones(C, np.float32), "whole": np.ones(C, np.float32)}
+    seen["half"][3], seen["whole"][3] = 0.9, 0.01
+    tune, held_out = (each / LOUD.reshape(1, -1, 1, 1).astype(np.float32) for each in (TUNE, HELD_OUT))
+    on_fit = {label: output_error(s, [EVEN], fit=lucky, judge=lucky, policy=POLICY) for label, s in seen.items()}
+    assert on_fit["whole"] < on_fit["half"]
+    decision = choose(seen, [EVEN], fit=lucky, tune=tune, held_out=held_out, policy=POLICY)
+    assert decision.label == "half"
 
 
 @pytest.mark.parametrize("policy", [Policy.for_format("w4a8"), Policy.for_format("w4a6", act_method="minmax")])
@@ -108,7 +122,7 @@ def test_candidates_of_every_method(method: str) -> None:
     amax = np.abs(FIT).max(axis=(0, 2, 3))
     found = block_candidates(method, BLOCK, CONV, embedding=EMBEDDING, channel_amax=amax)
     assert len(found) == {"qncd:paper": 1, "qncd": len(QNCD_ALPHAS), "smoothquant": len(SMOOTHQUANT_ALPHAS)}[method]
-    decision = choose(found, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = choose(found, [CONV], fit=FIT, tune=TUNE, held_out=HELD_OUT, policy=POLICY)
     assert decision.kept == (method != "qncd:paper")  # its embedding knows nothing of the loud channels here
     assert decision.label.startswith(method)
 
@@ -119,7 +133,7 @@ def test_a_given_alpha_is_the_only_candidate() -> None:
     np.testing.assert_array_equal(found["qncd alpha 1"], np.minimum(LOUD, 8).astype(np.float32))
 
 
-TOKENS = np.random.default_rng(6).normal(size=(2, 40, C)).astype(np.float32) * LOUD.astype(np.float32)
+TOKENS = np.random.default_rng(6).normal(size=(3, 40, C)).astype(np.float32) * LOUD.astype(np.float32)
 
 
 def linear(name: str, out: int, *, out_axis: int, seed: int) -> Reader:
@@ -134,7 +148,7 @@ QUERY, KEY = linear("q", 8, out_axis=1, seed=7), linear("k", 24, out_axis=0, see
 
 def test_the_error_of_an_edge_is_the_mean_over_its_linears() -> None:
     s = np.random.default_rng(9).lognormal(0, 1, C).astype(np.float32)
-    x, judge = TOKENS[:1], TOKENS[1:]
+    x, judge = TOKENS[:1], TOKENS[1:2]
     grid = POLICY.act_grid(TensorStats.of(x / s, "x"))
     errors = []
     for reader, matrix in ((QUERY, QUERY.weight), (KEY, KEY.weight.T)):
@@ -155,7 +169,7 @@ def test_linears_of_one_edge_share_one_choice() -> None:
     w_amax = np.maximum(np.abs(QUERY.weight).max(axis=1), np.abs(KEY.weight).max(axis=0))
     even = (amax / found["smoothquant alpha 0.5"]) / (w_amax * found["smoothquant alpha 0.5"])
     np.testing.assert_allclose(even, even[0], rtol=1e-5)  # balanced against the larger weight of the two
-    decision = choose(found, [QUERY, KEY], fit=TOKENS[:1], held_out=TOKENS[1:], policy=POLICY)
+    decision = choose(found, [QUERY, KEY], fit=TOKENS[:1], tune=TOKENS[1:2], held_out=TOKENS[2:], policy=POLICY)
     assert decision.kept and decision.layers == ("q", "k")
     assert decision.error_after < decision.error_before / 10
 
@@ -163,7 +177,7 @@ def test_linears_of_one_edge_share_one_choice() -> None:
 def test_smoothing_of_even_linears_is_refused() -> None:
     """Nothing to move: all channels alike, so that any factor only spends levels."""
     even = Reader(QUERY.site, np.random.default_rng(10).choice([-1, 1], (C, 8)).astype(np.float32))
-    tokens = np.random.default_rng(11).normal(size=(2, 400, C)).astype(np.float32)
+    tokens = np.random.default_rng(11).normal(size=(3, 400, C)).astype(np.float32)
     skewed = {"skewed": np.linspace(0.5, 2, C).astype(np.float32)}
-    decision = choose(skewed, [even], fit=tokens[:1], held_out=tokens[1:], policy=POLICY)
+    decision = choose(skewed, [even], fit=tokens[:1], tune=tokens[1:2], held_out=tokens[2:], policy=POLICY)
     assert not decision.kept and decision.error_after > decision.error_before

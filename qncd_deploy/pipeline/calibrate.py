@@ -160,12 +160,12 @@ def edge_samples(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(edge, samples to fit on, as many held out), float32 (N, ...), once for every edge, not in order.
 
-    Up to SAMPLE_ROWS rows in all, evenly spread; the two halves share no picture. One run of the network serves all
-    edges that take as many rows.
+    Up to SAMPLE_ROWS rows in all, evenly spread, at least two a half; the two halves share no picture. One run of the
+    network serves all edges that take as many rows.
     """
     groups: dict[int, list[str]] = {}
     for edge in dict.fromkeys(edges):
-        count = max(2, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[edge])))
+        count = max(4, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[edge])))
         groups.setdefault(count, []).append(edge)
     for count, group in groups.items():
         samples = fetch(probe, network, _pairs(calib, count), group)

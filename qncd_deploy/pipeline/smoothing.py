@@ -179,7 +179,7 @@ def _blocks(
                     channel_amax=seen[edge].channel_amax,
                     alpha=options.alpha,
                 )
-                decisions[block.conv2] = choose(found, [reader], fit=fit, held_out=held_out, policy=policy)
+                decisions[block.conv2] = _choose(found, [reader], fit, held_out, policy)
     return {block.conv2: decisions[block.conv2] for block in blocks}
 
 
@@ -202,10 +202,20 @@ def _linears(
             axis = edge.layers[0].channel_axis % fit.ndim
             channel_amax = np.abs(fit).max(axis=tuple(i for i in range(fit.ndim) if i != axis))
             found = smoothquant_candidates(readers, channel_amax, alpha=options.alpha)
-            decision = choose(found, readers, fit=fit, held_out=held_out, policy=policy)
+            decision = _choose(found, readers, fit, held_out, policy)
             decisions[name] = decision if edge.free else replace(decision, min_gain=OP_GAIN)
             tick(len(decisions), len(edges))
     return {edge.layers[0].name: decisions[edge.name] for edge in edges}
+
+
+def _choose(
+    factors: Mapping[str, np.ndarray],
+    readers: Sequence[Reader],
+    fit: np.ndarray,
+    others: np.ndarray,
+    policy: Policy,
+) -> Decision:
+    return choose(factors, readers, fit=fit, tune=others[::2], held_out=others[1::2], policy=policy)
 
 
 def _reader(network: FloatNetwork, site: LayerSite) -> Reader:

@@ -1,8 +1,8 @@
 """Choose and accept smoothing factors of an edge by the quantized outputs of the layers that read it, never by faith.
 
-Per edge: the candidate of least output error on the fitting samples, kept only if it also lowers the error on held-out
-samples. Activations and weights are both quantized with the policy's own ranges, so what a factor gains on one side and
-loses on the other is weighed in the unit that matters.
+Per edge: the candidate of least output error on samples that it was not computed from, kept only if it also lowers the
+error on others that it was not chosen by. Activations and weights are both quantized with the policy's own ranges, so
+what a factor gains on one side and loses on the other is weighed in the unit that matters.
 """
 
 from __future__ import annotations
@@ -108,17 +108,19 @@ def choose(
     readers: Sequence[Reader],
     *,
     fit: np.ndarray,
+    tune: np.ndarray,
     held_out: np.ndarray,
     policy: Policy,
 ) -> Decision:
-    """The best of several factors by output error on `fit`, judged on `held_out`; factors by label, at least one.
+    """The best of several factors by output error on `tune`, judged on `held_out`; factors by label, at least one.
 
-    fit, held_out: float32 samples of the unsmoothed edge, (N, C, H, W) before convolutions, (..., C) before Linears.
-    Activation ranges come from `fit` for both.
+    fit, tune, held_out: float32 samples of the unsmoothed edge, (N, C, H, W) before convolutions, (..., C) before
+    Linears. Activation ranges come from `fit` for all. So do factors as a rule, and none is chosen on it: the more a
+    factor evens out the very samples it was computed from, the better it looks there, and clips others.
     """
     forms = {label: _Form.of(s, readers, fit=fit, policy=policy) for label, s in factors.items()}
-    exact = _outputs(fit, readers)
-    best = min(forms, key=lambda label: forms[label].error(fit, exact))
+    exact = _outputs(tune, readers)
+    best = min(forms, key=lambda label: forms[label].error(tune, exact))
     return _accept(best, forms[best], fit=fit, held_out=held_out, policy=policy)
 
 
