@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from qncd_deploy.engines.base import (
     make_engine_id,
     open_engine,
 )
+from qncd_deploy.engines.stepped import SteppedEngine
 from qncd_deploy.engines.stored import stored_source
 from qncd_deploy.errors import BundleError, EngineError, UsageError
 from qncd_deploy.files import canonical_json
 from qncd_deploy.sampler import Network, Sampler
 from qncd_deploy.schedule import Schedule
+from qncd_deploy.stepping import Stepping, load_stepping
 from qncd_deploy.steps import SamplerConfig
 
 log = logging.getLogger(__name__)
@@ -80,15 +82,58 @@ class Bundle:
 
     @property
     def plan_sha(self) -> str:
-        """Hash of plan.json, which correction tables are keyed by."""
-        return self.manifest.files[self.manifest.roles["plan"]].sha256
+        """Hash of plan.json, which correction tables are keyed by; of all plans and of the timesteps each is for where
+        there are several.
+        """
+        if self.stepping is None:
+            return self._sha256("plan")
+        roles = ("stepping", *(f"plan{suffix}" for suffix in self.stepping.suffixes.values()))
+        return _digest({role: self._sha256(role) for role in roles})
+
+    @cached_property
+    def stepping(self) -> Stepping | None:
+        """Which timesteps take which bits of activations; None where all take the plan's. Raises BundleError."""
+        return load_stepping(self.file("stepping")) if "stepping" in self.manifest.roles else None
+
+    def network_roles(self, role: str) -> tuple[str, ...]:
+        """The graphs that sampling with the graph of this role runs: its siblings of fewer bits, if the bundle has any,
+        and itself.
+        """
+        suffixes = ("",) if self.stepping is None else self.stepping.suffixes.values()
+        return tuple(role + suffix for suffix in suffixes if role + suffix in self.manifest.roles) or (role,)
+
+    def network_id(self, roles: Sequence[str]) -> str:
+        """Hash of all that sampling with these graphs runs; graph_id where it is one."""
+        if len(roles) == 1:
+            return self.graph_id(roles[0])
+        return _digest({**{role: self.graph_id(role) for role in roles}, "stepping": self._sha256("stepping")})
+
+    def open_network(
+        self, backend: str, roles: Sequence[str], *, remainder: Remainder | None = None, threads: int | None = None
+    ) -> BaseEngine:
+        """The engine of a graph; of all of network_roles, one that chooses by the timestep. Whoever opens it closes it.
+
+        Raises: as open_engine.
+        """
+        with ExitStack() as opened:
+            parts = [
+                opened.enter_context(open_engine(backend, self.file(role), remainder=remainder, threads=threads))
+                for role in roles
+            ]
+            engine = parts[0]
+            if len(parts) > 1:
+                assert self.stepping is not None
+                floors = [each.from_t for each in self.stepping.ranges]
+                engine = SteppedEngine(list(zip(floors, parts, strict=True)))
+            opened.pop_all()
+            return engine
 
     def graph_id(self, role: str) -> str:
         """Hash of a graph and of all external weights, which compiled blobs are keyed by."""
         files = self.manifest.files
         own = self.manifest.roles[role]
         parts = {name: facts.sha256 for name, facts in files.items() if name == own or name.endswith(".data")}
-        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+        return _digest(parts)
 
     def file(self, role: str) -> Path:
         """The file with this role in the manifest. Raises BundleError naming the roles there are."""
@@ -178,6 +223,7 @@ class Bundle:
         threads: int | None = None,
         tables: Sequence[Path] = (),
         blobs: Sequence[Path] = (),
+        act_bits: int | None = None,
     ) -> Sampler:
         """Open the engines and choose the correction: everything but the pictures.
 
@@ -189,30 +235,34 @@ class Bundle:
         remainder: precision of the layers left in float, None for the backend's default.
         tables: correction files to look into before the bundle's own.  blobs: what `qncd build` compiled, used for the
             shapes it was made for; those for other machines are passed over, unless there are no others.
+        act_bits: of a bundle whose activations have other bits at other timesteps, these at all of them.
 
         Raises: UsageError, ScheduleError, EngineError or BundleError, each with what to do.
         """
         backend = backend or default_backend()
-        if float_twin and (correction not in ("auto", "off") or remainder not in (None, "f32")):
-            raise UsageError("the float twin is the reference: it takes no correction and no remainder but f32.")
+        if float_twin and (correction not in ("auto", "off") or remainder not in (None, "f32") or act_bits is not None):
+            raise UsageError("the float twin is the reference: it takes no correction, no bits, no remainder but f32.")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch size {batch_size}: expected 1 or more.")
         remainder = "f32" if float_twin else remainder
         sampling = Sampling(scheduler=scheduler, n_steps=n_steps, eta=eta, guidance_scale=guidance_scale)
         key = self.key(sampling, make_engine_id(backend, remainder))
+        if act_bits is not None:
+            key = replace(key, plan_sha=self._sha256(f"plan{self._suffix(act_bits)}"))
         table = identity_table(key) if float_twin else self._correction(correction, key, tables)
         role = "float" if float_twin else find_backend(backend).role(remainder)
+        roles = self.network_roles(role) if act_bits is None else (role + self._suffix(act_bits),)
         with ExitStack() as opened:
-            unet = open_engine(backend, self.file(role), remainder=remainder, threads=threads)
-            opened.enter_context(unet)
-            engines = {role: unet}
+            unet = opened.enter_context(self.open_network(backend, roles, remainder=remainder, threads=threads))
+            parts = unet.parts if isinstance(unet, SteppedEngine) else (unet,)
+            engines = dict(zip(roles, parts, strict=True))
             if "decoder" in self.manifest.roles:
                 decoder = open_engine(backend, self.file("decoder"), remainder="f32", threads=threads)
                 engines["decoder"] = opened.enter_context(decoder)
             self._load_blobs(engines, blobs)
             network = Network(
                 place=self.path,
-                source=self.graph_id(role),
+                source=self.network_id(roles),
                 facts=self.manifest.model,
                 schedule=self.schedule,
                 unet=unet,
@@ -227,6 +277,17 @@ class Bundle:
                 batch_size=batch_size,
                 resources=opened.pop_all(),
             )
+
+    def _suffix(self, act_bits: int) -> str:
+        """Of the roles of a network with activations of these bits at all timesteps. Raises UsageError."""
+        suffixes = {} if self.stepping is None else self.stepping.suffixes
+        if act_bits not in suffixes:
+            held = ", ".join(map(str, suffixes)) or "one network only, not several"
+            raise UsageError(f"{self.path}: activations of {act_bits} bits were asked for, it has {held}.")
+        return suffixes[act_bits]
+
+    def _sha256(self, role: str) -> str:
+        return self.manifest.files[self.manifest.roles[role]].sha256
 
     @cached_property
     def class_embedding(self) -> np.ndarray | None:
@@ -282,3 +343,7 @@ class Bundle:
             if any(table.method == method and table.key == key for table in tables.tables):
                 return tables.find(method, key)
         return searched[-1].find(method, key)
+
+
+def _digest(facts: Mapping[str, str]) -> str:
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()

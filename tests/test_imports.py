@@ -13,13 +13,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 
 ORDER = (
-    "errors", "specs", "files", "bundle", "schedule", "steps", "correct", "sample", "study", "checkpoint", "models",
-    "calib", "quant", "export", "engines", "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
+    "errors", "specs", "files", "bundle", "schedule", "steps", "stepping", "correct", "sample", "study", "checkpoint",
+    "models", "calib", "quant", "export", "engines", "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
-    "calibrate", "network", "smoothing", "splitting", "quantize", "output_error", "free_run", "sensitivity", "export",
-    "dry_run",
+    "calibrate", "network", "smoothing", "splitting", "draft", "quantize", "output_error", "free_run", "sensitivity",
+    "export", "dry_run",
 ))  # fmt: skip
 """Parts of the pipeline that only `qncd export` runs."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qncd_deploy.cli.options import (
+    Numbers,
     backend_option,
     bundle_argument,
     engine_dir_option,
@@ -22,22 +23,6 @@ from qncd_deploy.engines.trt.options import TARGETS, Hardware
 from qncd_deploy.pipeline.build import BuildRequest, build, trtexec_lines
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle
-
-
-class _Numbers(click.ParamType):
-    """N,N,... as a tuple."""
-
-    name = "N,N,..."
-
-    def convert(
-        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if not all(part.isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r}: expected whole numbers from 1, with commas.", param, ctx)
-        return tuple(dict.fromkeys(map(int, parts)))
 
 
 class _Targets(click.ParamType):
@@ -96,7 +81,7 @@ _tensorrt_options = together(
     "--batch",
     "--batch-size",
     "batches",
-    type=_Numbers(),
+    type=Numbers(),
     default=(),
     show_default=False,
     help="Pictures at a time; several are profiles of one TensorRT engine.  [default: as `qncd sample`]",
@@ -134,7 +119,7 @@ def build_command(
     request = BuildRequest(
         backend or default_backend(),
         remainder=remainder,
-        batches=batches,
+        batches=tuple(dict.fromkeys(batches)),
         threads=threads,
         targets=targets,
         level=level,

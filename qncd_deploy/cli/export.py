@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qncd_deploy.cli.options import PATH, json_option, print_json
+from qncd_deploy.cli.options import PATH, Numbers, json_option, print_json
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing, GateFailed
 from qncd_deploy.evaluate.contest import OBJECTIVES
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qncd_deploy.pipeline.export import Exported
     from qncd_deploy.pipeline.smoothing import Smoothing
     from qncd_deploy.pipeline.splitting import Splitting
+    from qncd_deploy.pipeline.stepping import Steps
 
 DEFAULTS = ExportOptions(Path("model.ckpt"))
 
@@ -99,6 +100,15 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     metavar="PERCENT",
     help="Share of the arithmetic that may stay float where rounding costs the output most; up to 10 while the "
     "predicted error is large; 0 quantizes all.",
+)
+@click.option(
+    "--step-bits",
+    type=Numbers(),
+    default=DEFAULTS.step_bits,
+    show_default=False,
+    metavar="BITS,BITS",
+    help="Bits of activations to choose from by timestep, as PTQD does: 4,8 gives noisy calls 4 bits where its rule "
+    "allows, at INT8 speed. Each width is one more engine, with weights of its own in memory.  [default: the format's]",
 )
 @click.option("--exclude", multiple=True, metavar="REGEX", help="Leave weights in float whose names match. Repeatable.")
 @click.option("--include", multiple=True, metavar="REGEX", help="Quantize weights whose names match. Repeatable.")
@@ -233,6 +243,8 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
         click.echo("smoothing   nothing to smooth: no residual blocks with a time embedding, no Linears were found")
     if exported.quantized.splitting.errors:
         click.echo(f"split       {_splitting_line(exported.quantized.splitting)}")
+    if exported.quantized.steps is not None:
+        click.echo(f"step bits   {_steps_line(exported.quantized.steps)}")
     for engine, fitted in (exported.fitted or {}).items():
         figures = ", ".join(f"{method} {value:.4g}" for method, value in fitted.figures.items())
         click.echo(f"correction  {fitted.choice} on {engine} (held-out {fitted.objective}: {figures})")
@@ -275,11 +287,26 @@ def _splitting_line(splitting: Splitting) -> str:
     return f"{len(split)} of {len(errors)} convolutions of skip concatenations; their relative error: {found}"
 
 
+def _steps_line(steps: Steps) -> str:
+    """The rule's choice and what it costs."""
+    widest = max(steps.latent_snr_db)
+    if steps.stepping is None:
+        return f"refused: the rule gives every call {widest} bits"
+    narrow = sum(steps.stepping.act_bits(call.t) < widest for call in steps.calls)
+    whole = ", ".join(f"{value:.1f} with {bits} bits throughout" for bits, value in sorted(steps.latent_snr_db.items()))
+    return (
+        f"{steps.stepping.line()}: {narrow} of {len(steps.calls)} calls have fewer; "
+        f"held-out pictures {steps.stepped_snr_db:.1f} dB ({whole})"
+    )
+
+
 def _weights_mebibytes(exported: Exported) -> str:
     """The graph that an engine runs with all its weights, quantized and float."""
-    folder, roles = exported.bundle.path, exported.bundle.manifest.roles
-    small, large = (graph_bytes(folder / roles[role]) / 2**20 for role in ("master", "float"))
-    return f"{small:.1f} MiB, {large:.1f} MiB in float"
+    bundle = exported.bundle
+    small, large = (graph_bytes(bundle.file(role)) / 2**20 for role in ("master", "float"))
+    several = len(bundle.network_roles("master"))
+    held = f" each for {several} engines, weights shared on disk alone" if several > 1 else ""
+    return f"{small:.1f} MiB{held}, {large:.1f} MiB in float"
 
 
 def _check_gates(exported: Exported, psnr: float | None, shift: float | None) -> None:

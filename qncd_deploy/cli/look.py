@@ -59,6 +59,7 @@ def inspect_command(
     corrections = _corrections(opened, fitted_tables(engine_dir, bundle))
     if as_json:
         facts = {"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found}
+        facts["stepping"] = None if opened.stepping is None else opened.stepping.to_json()["ranges"]
         print_json({**facts, "engines": {path.name: asdict(engine) for path, engine in engines.items()}})
         return
     table = Table(box=None, pad_edge=False)
@@ -70,6 +71,9 @@ def inspect_command(
     console.print(table)
     bits = Counter(_bits(layer) for layer in plan["layers"])
     console.print("   ".join(f"{count} {name}" for name, count in sorted(bits.items())))
+    if opened.stepping is not None:
+        graphs = ", ".join(manifest.roles[role] for role in opened.network_roles("master"))
+        console.print(f"activations {opened.stepping.line()} ({graphs}; the layers above are those of the last)")
     for line in corrections:
         console.print(
             f"correction {line['choice']} of {', '.join(line['methods'])} for {line['backend']}, {line['scheduler']} "

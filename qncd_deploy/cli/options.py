@@ -84,6 +84,22 @@ def results_option(name: str) -> Decorator:
     return click.option("-o", "--output", "out", type=PATH, help=words)
 
 
+class Numbers(click.ParamType):
+    """N,N,... as a tuple."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r}: expected whole numbers from 1, with commas.", param, ctx)
+        return tuple(map(int, parts))
+
+
 def typed_command() -> str:
     """The command line that is running, for a page that says how to make it again."""
     return shlex.join(["qncd", *sys.argv[1:]])

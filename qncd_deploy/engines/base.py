@@ -169,6 +169,11 @@ class BaseEngine(ABC):
         """As specs.Engine's."""
         return ()
 
+    @property
+    def graphs(self) -> tuple[Path, ...]:
+        """All graphs that it runs, of one folder."""
+        return (self.path,)
+
     @classmethod
     def library_version(cls, backend: Backend) -> str | None:
         """The version of the library, None if it does not tell. Raises BackendMissing if it cannot run here."""

@@ -167,7 +167,7 @@ class _Entrant:
             picture_ms=measured("picture_ms", "ms", (1e3 * turn.total / self.timed.batch_size for turn in turns)),
             host=measured("host", "share", (turn.outside / turn.total for turn in turns)),
             host_ms=measured("host_ms", "ms", (1e3 * turn.outside / len(turn.calls) for turn in turns)),
-            graph_bytes=graph_bytes(self.sampler.network.unet.path),
+            graph_bytes=graph_bytes(*self.sampler.network.unet.graphs),
             engine_bytes=self.sampler.compiled_bytes(),
             memory_bytes=self.memory_bytes,
             device_bytes=self.device_bytes,

@@ -92,14 +92,14 @@ class Stopwatch(BaseEngine):
         self._engine.close()
 
 
-def graph_bytes(path: Path) -> int:
-    """Size of an ONNX graph with the external tensors it refers to, each counted once, wherever they lie.
+def graph_bytes(*paths: Path) -> int:
+    """Size of ONNX graphs of one folder with the external tensors they refer to, each counted once, wherever it lies.
 
     Data files are shared between siblings, so their sizes say nothing of one graph. Read without the onnx library:
     location, offset and length of a tensor are three consecutive entries in its protobuf message.
     """
-    tensors = set(_EXTERNAL.findall(path.read_bytes()))
-    return path.stat().st_size + sum(int(length) for *_, length in tensors)
+    tensors = {tensor for path in paths for tensor in _EXTERNAL.findall(path.read_bytes())}
+    return sum(path.stat().st_size for path in paths) + sum(int(length) for *_, length in tensors)
 
 
 _EXTERNAL = re.compile(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.calib.trajectories import load_user_npz
-from qncd_deploy.engines.base import BaseEngine, Remainder, default_backend, find_backend, open_engine
+from qncd_deploy.engines.base import BaseEngine, Remainder, default_backend, find_backend
 from qncd_deploy.engines.eps_model import in_groups, row_sizes
 from qncd_deploy.errors import EngineError
 from qncd_deploy.evaluate.metrics import Estimate, bootstrap, decibels, row_power
@@ -65,7 +65,8 @@ def compare_on_data(
     outputs: list[np.ndarray] = []
     engine_id = ""
     for role, precision in (("float", "f32"), (find_backend(backend).role(remainder), remainder)):
-        with open_engine(backend, bundle.file(role), remainder=precision, threads=threads) as engine:
+        roles = bundle.network_roles(role)
+        with bundle.open_network(backend, roles, remainder=precision, threads=threads) as engine:
             outputs.append(_outputs(engine, rows.arrays))
             engine_id = engine.engine_id
         if on_progress is not None:

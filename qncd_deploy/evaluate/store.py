@@ -86,7 +86,13 @@ class Store:
         with exclusive(folder):
             store = cls(folder)
             store._sweep(
-                {b.graph_id(role) for b in bundles for role, name in b.manifest.roles.items() if ".onnx" in name}
+                {
+                    b.network_id(roles)
+                    for b in bundles
+                    for role, name in b.manifest.roles.items()
+                    if ".onnx" in name
+                    for roles in ((role,), b.network_roles(role))
+                }
             )
             yield store
             if not keep:

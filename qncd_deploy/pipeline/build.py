@@ -91,7 +91,10 @@ def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progres
         return tuple(_engine(job, library, device, gate, progress) for job in jobs)
     _refuse_gpu_options(request)
     with progress.stage(f"building for {request.backend}"):
-        return tuple(_blob(bundle, folder, request, batch) for batch in request.batches or (None,))
+        widths = (None,) if bundle.stepping is None else tuple(reversed(bundle.stepping.suffixes))
+        return tuple(
+            _blob(bundle, folder, request, batch, bits) for batch in request.batches or (None,) for bits in widths
+        )
 
 
 def trtexec_lines(bundle: Bundle, folder: Path, request: BuildRequest) -> tuple[str, ...]:
@@ -103,8 +106,10 @@ def trtexec_lines(bundle: Bundle, folder: Path, request: BuildRequest) -> tuple[
     return tuple(trtexec_line(library, job.graph, job.path, job.options) for job in jobs)
 
 
-def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int | None) -> Built:
+def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int | None, act_bits: int | None) -> Built:
+    """act_bits: of a bundle of several networks, which one."""
     engine_id = make_engine_id(request.backend, request.remainder)
+    suffix = "" if bundle.stepping is None or act_bits is None else bundle.stepping.suffixes[act_bits]
     planned = sum(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
     opened = partial(
         bundle.sampler,
@@ -113,11 +118,12 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
         batch_size=batch_size,
         threads=request.threads,
         correction="off",
+        act_bits=act_bits,
     )
     version = backend_status(find_backend(request.backend)).version
     with opened() as sampler:
         device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
-        path = folder / f"{engine_id}-{version}-{device}-b{sampler.batch_size}.blob"
+        path = folder / f"{engine_id}-{version}-{device}{suffix}-b{sampler.batch_size}.blob"
         seconds, kernels = None, None
         if path.exists():
             try:
@@ -195,7 +201,7 @@ def _gate(bundle: Bundle, request: BuildRequest, device: Device | None) -> Gate 
 def _jobs(
     bundle: Bundle, folder: Path, request: BuildRequest, library: Library, device: Device | None
 ) -> Iterator[_Job]:
-    """The network and, if there is one, the decoder."""
+    """The network, of several the one of the bundle's own plan first, and, if there is one, the decoder."""
     engine_id = make_engine_id(request.backend, request.remainder)
     cache = (
         None if device is None else folder.parent / f"timing-{request.backend}-{library.version_text}-{device.sm}.cache"
@@ -205,7 +211,8 @@ def _jobs(
         targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
     batches = request.batches or (default_batch(bundle.manifest.model.latent_shape),)
     suffix = f"b{'+'.join(map(str, batches))}"
-    names = {find_backend(request.backend).role(request.remainder): (engine_id, "")}
+    own = find_backend(request.backend).role(request.remainder)
+    names = {role: (engine_id, role.removeprefix(own)) for role in reversed(bundle.network_roles(own))}
     if "decoder" in bundle.manifest.roles:
         names["decoder"] = (make_engine_id(request.backend, "f32"), "-decoder")
     for role, (engine, part) in names.items():

@@ -160,6 +160,8 @@ def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) ->
     for name, path in network.companions.items():
         shutil.copyfile(path, folder / name)
     (folder / "plan.json").write_text(quantized.plan.dumps(), encoding="utf-8")
+    if quantized.steps is not None:
+        quantized.steps.write(folder)
 
 
 def _manifest(network: FloatNetwork, quantized: Quantized | None, options: ExportOptions) -> Manifest:
@@ -169,6 +171,8 @@ def _manifest(network: FloatNetwork, quantized: Quantized | None, options: Expor
         roles["decoder"] = "vae-decoder.onnx"
     if network.embedding is not None:
         roles["class-embedding"] = "class-embedding.npy"
+    if quantized is not None and quantized.steps is not None:
+        roles |= quantized.steps.roles
     roles |= {Path(name).stem: name for name in network.companions}
     files = {**network.files, **network.companions}
     if options.calib_data is not None:
@@ -207,6 +211,8 @@ def _quality(quantized: Quantized) -> dict[str, Any]:
     found = {"smoothing": _smoothing(quantized.smoothing), "splitting": quantized.splitting.to_json()}
     if quantized.plan.output_sqnr_db is not None:
         found["output_sqnr_db"] = quantized.plan.output_sqnr_db
+    if quantized.steps is not None:
+        found["step_bits"] = quantized.steps.to_json()
     return found
 
 

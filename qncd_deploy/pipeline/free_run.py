@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.pipeline.calibrate import PICTURES, rows_per_run
@@ -37,21 +38,33 @@ def latent_snr_db(
     """For every form, masters made by InsertQDQ from their plans: 10 log10 sum x^2 / sum (x_q - x)^2 of each picture's
     final latents, (pictures,), same noise and labels for all, with the engine of this machine.
     """
-    size = min(pictures, rows_per_run(network.facts.latent_shape, most=PICTURES))
-    rows = size if network.facts.guidance_scale == 1 else 2 * size
     latents = []
     for graph, plan in ((network.model, None), *quantized):
         with running(graph, plan, scratch) as engine:
-            latents.append(_latents(network, EngineModel.of(engine, rows=rows), pictures, size, seed))
+            latents.append(_latents(network, engine, pictures, seed))
     exact, *others = latents
-    return [10 * np.log10(row_power(exact) / np.maximum(row_power(found - exact), _LEAST)) for found in others]
+    return [picture_snr_db(exact, found) for found in others]
 
 
-_LEAST = np.finfo(np.float64).tiny
+def picture_snr_db(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """10 log10 sum x^2 / sum (x_q - x)^2 of each row, finite for equal ones too, (rows,)."""
+    return 10 * np.log10(row_power(exact) / np.maximum(row_power(found - exact), np.finfo(np.float64).tiny))
 
 
-def _latents(network: FloatNetwork, model: EngineModel, pictures: int, size: int, seed: int) -> np.ndarray:
+def model_for(network: FloatNetwork, engine: BaseEngine, indices: Sequence[int], *, batch: int) -> EpsModel:
+    """The network as the sampling loop calls it for these pictures, an engine of it taking `batch` at a time."""
+    rows = batch if network.facts.guidance_scale == 1 else 2 * batch
+    return guided(EngineModel.of(engine, rows=rows), *condition_rows(network, indices), network.facts.guidance_scale)
+
+
+def batch_size(network: FloatNetwork, pictures: int) -> int:
+    """Pictures at a time, before there is a bundle."""
+    return min(pictures, rows_per_run(network.facts.latent_shape, most=PICTURES))
+
+
+def _latents(network: FloatNetwork, engine: BaseEngine, pictures: int, seed: int) -> np.ndarray:
     assert network.schedule is not None
+    size = batch_size(network, pictures)
     run = rollout(
         make_steps(network.schedule, network.sampler),
         seed=seed,
@@ -59,12 +72,9 @@ def _latents(network: FloatNetwork, model: EngineModel, pictures: int, size: int
         prediction=network.schedule.prediction,
         scale=initial_scale(network.schedule, network.sampler),
     )
-
-    def model_for(indices: Sequence[int]) -> EpsModel:
-        return guided(model, *condition_rows(network, indices), network.facts.guidance_scale)
-
     parts = []
-    for start in range(0, pictures, size):
-        *_, last = run(model_for, range(FIRST_PICTURE + start, FIRST_PICTURE + min(start + size, pictures)))
+    for start in range(FIRST_PICTURE, FIRST_PICTURE + pictures, size):
+        indices = range(start, min(start + size, FIRST_PICTURE + pictures))
+        *_, last = run(lambda indices: model_for(network, engine, indices, batch=size), indices)
         parts.append(last.x)
     return np.concatenate(parts)

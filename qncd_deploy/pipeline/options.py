@@ -30,7 +30,8 @@ class ExportOptions:
     recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of
     the multiplications that may stay float where rounding costs most. split: "shortcut" quantizes the shortcut
     convolutions of skip concatenations half by half, "auto" those whose held-out error that lowers by enough, "all" the
-    blocks' main convolutions too. alpha: None tries several. gate: fold smoothing
+    blocks' main convolutions too. step_bits: bits of activations to choose from by timestep, the format's own among
+    them; () for these throughout. alpha: None tries several. gate: fold smoothing
     only where it lowers the held-out error (False is for studies of the method itself). fit_size: pictures that
     corrections are fitted on; auto chooses on twice as many.
     """
@@ -57,6 +58,7 @@ class ExportOptions:
     include: tuple[str, ...] = ()
     keep_float: float = 2.0
     split: str = "auto"
+    step_bits: tuple[int, ...] = ()
     smooth: str = "qncd"
     alpha: float | None = None
     correction: str = "auto"
@@ -90,6 +92,8 @@ class ExportOptions:
                 raise UsageError(f"{flag} {count}: expected {least} or more.")
         if not 0 <= self.keep_float <= 100:
             raise UsageError(f"--keep-float {self.keep_float:g}: expected 0 to 100, percent of the arithmetic.")
+        object.__setattr__(self, "step_bits", tuple(sorted(self.step_bits)))
+        self._check_step_bits()
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha {self.alpha:g}: expected 0 to 1, the share of a range that is moved.")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
@@ -102,6 +106,26 @@ class ExportOptions:
             raise UsageError(
                 f"{self.checkpoint}: a bare graph is calibrated on your data. Give --calib-data FILE.npz, one array "
                 "per graph input, first axis = samples."
+            )
+
+    def _check_step_bits(self) -> None:
+        if not self.step_bits:
+            return
+        given = f"--step-bits {','.join(map(str, self.step_bits))}"
+        if not set(self.step_bits) <= set(range(4, 9)):
+            raise UsageError(f"{given}: expected bits from 4 to 8.")
+        if len(set(self.step_bits)) < max(2, len(self.step_bits)):
+            raise UsageError(f"{given}: expected two widths or more, all different.")
+        widest = f"a{self.step_bits[-1]}"
+        if not self.format.endswith(widest):
+            able = " or ".join(name for name in FORMATS if name.endswith(widest))
+            raise UsageError(
+                f"{given}: the widest must be the activation bits of the format, which is {self.format}. "
+                + (f"Give --format {able} with it." if able else "No format has these.")
+            )
+        if self.brings_graph and self.config is None:
+            raise UsageError(
+                f"{given}: a bare graph without a schedule has no steps. Give --config scheduler_config.json."
             )
 
     @property

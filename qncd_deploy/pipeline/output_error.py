@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,19 +58,18 @@ def output_errors(
 
 @contextmanager
 def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[BaseEngine]:
-    """Open a float graph (no plan) or a master of `plan` with the default engine of this machine, in float32."""
+    """Open a float graph (no plan) or a master of `plan` with the default engine of this machine, in float32.
+    Several may be open at a time.
+    """
     backend = find_backend(default_backend())
     if backend.role() == "ort" and plan is not None:
         graph = graph.clone()
         OrtSibling(plan)(graph)
-    path = scratch / "running.onnx"
-    files = save_siblings({path.name: graph}, scratch)
-    try:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        path = Path(folder) / "running.onnx"
+        save_siblings({path.name: graph}, path.parent)
         with open_engine(backend.name, path, remainder="f32") as engine:
             yield engine
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
 
 
 def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:

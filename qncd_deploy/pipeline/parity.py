@@ -99,9 +99,10 @@ class Parity:
 
 
 def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
-    """Cases of the network and of the decoder, by "unet" and "decoder", of `rows` rows.
+    """Cases of the network and of the decoder, by "unet" and "decoder", of `rows` rows; of every network, by "unet" and
+    its suffix, where there are several.
 
-    The quantized network's own errors are measured, too, where there is an engine for the CPU.
+    The quantized networks' own errors are measured, too, where there is an engine for the CPU.
     """
     backend = default_backend()
     on_cpu = find_backend(backend).device == "cpu"
@@ -118,13 +119,16 @@ def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
         )
         *_, last = recording.trajectory(pictures)
         case = Case(tuple(recorder.feeds), tuple(recorder.returned), None, backend)
-        role = find_backend(backend).role()
-        if role not in bundle.manifest.roles:  # nothing is quantized in it
-            case = replace(case, expected=(0.0,) * len(case.exact))
-        elif on_cpu:
-            with open_engine(backend, bundle.file(role), remainder="f32") as engine:
-                case = replace(case, expected=measure(engine, case).errors)
-        cases = {"unet": case}
+        own = find_backend(backend).role()
+        cases = {}
+        for role in bundle.network_roles(own):
+            part = f"unet{role.removeprefix(own)}"
+            cases[part] = case
+            if role not in bundle.manifest.roles:  # nothing is quantized in it
+                cases[part] = replace(case, expected=(0.0,) * len(case.exact))
+            elif on_cpu:
+                with open_engine(backend, bundle.file(role), remainder="f32") as engine:
+                    cases[part] = replace(case, expected=measure(engine, case).errors)
         decoder = sampler.network.decoder
         if decoder is not None:
             (name,) = decoder.inputs
@@ -201,7 +205,7 @@ class Gate:
                 found.append((measure(engine, case), case, shapes))
         for parity, case, shapes in found:
             if (fault := parity.fault) is not None:
-                first = None if role == "decoder" else self._first_wrong(parity, case, shapes, built)
+                first = None if role == "decoder" else self._first_wrong(role, parity, case, shapes, built)
                 where = "" if first is None else f" The first layer that goes wrong is the one that makes {first!r}."
                 raise GateFailed(
                     f"{place}: {fault}.{where} The engine is not kept. Build it with another --level, or leave that "
@@ -212,15 +216,16 @@ class Gate:
     def _case(self, role: str, shapes: Shapes) -> Case:
         """What was recorded, cut to a profile's rows."""
         state = next(shape for shape in shapes.values() if len(shape) == 4)
-        part = "decoder" if role == "decoder" else "unet"
+        own = self._backend.role(self._remainder)
+        part = "decoder" if role == "decoder" else f"unet{role.removeprefix(own)}"
         if part not in self._cases or len(self._cases[part].exact[0]) < state[0]:
             guided = self._bundle.guidance() != 1
             self._cases = record(self._bundle, rows=2 * state[0] if guided and role == "decoder" else state[0])
         return self._cases[part].rows(state[0])
 
-    def _first_wrong(self, parity: Parity, case: Case, shapes: Shapes, built: BuiltEngine) -> str | None:
+    def _first_wrong(self, role: str, parity: Parity, case: Case, shapes: Shapes, built: BuiltEngine) -> str | None:
         library = open_library("tensorrt" if self._backend.name == "tensorrt" else "tensorrt-rtx")
-        graph, exact = self._bundle.file(self._backend.role(self._remainder)), self._bundle.file("float")
+        graph, exact = self._bundle.file(role), self._bundle.file("float")
         both = set(product_tensors(library, exact))
         names = [name for name in product_tensors(library, graph) if name in both]
         feeds = case.feeds[parity.errors.index(max(parity.errors, key=_badness))]

@@ -93,7 +93,8 @@ def write_page(
     except ImportError:
         return False
     manifest = bundle.manifest
-    graphs = [manifest.roles[role] for role in ("float", "master", "trt", "ort") if role in manifest.roles]
+    held = [role for own in ("float", "master", "trt", "ort") for role in bundle.network_roles(own)]
+    graphs = [manifest.roles[role] for role in held if role in manifest.roles]
     data = ReportData(
         manifest=manifest,
         layers=bundle.plan["layers"],

@@ -15,17 +15,18 @@ from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.half import HalfRemainder
-from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.shift import ShiftZeroPoints
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.calibrate import counted, probing
+from qncd_deploy.pipeline.draft import Draft
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Progress, Tick
 from qncd_deploy.pipeline.sensitivity import edge_costs
 from qncd_deploy.pipeline.smoothing import Smoothing, find_smoothing, judge
 from qncd_deploy.pipeline.splitting import Splitting, find_splitting
+from qncd_deploy.pipeline.stepping import Steps, find_steps
 from qncd_deploy.quant.budget import keep_float
 from qncd_deploy.quant.decide import check_patterns, decide, make_plan
 from qncd_deploy.quant.plan import QuantPlan
@@ -36,12 +37,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """The plan, what became of smoothing and of splitting, and the graphs by file name (the float twin too)."""
+    """The plan, what became of smoothing and of splitting, and the graphs by file name (the float twin too).
+
+    steps: what became of --step-bits, None without it.
+    """
 
     plan: QuantPlan
     smoothing: Smoothing
     splitting: Splitting
     graphs: Mapping[str, ir.Model]
+    steps: Steps | None = None
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -92,22 +97,15 @@ def quantize(
             forms = [(draft.master(), draft.plan) for draft in drafts]
             chosen, smoothing = judge(network, alternatives, forms, calib, options, scratch)
     draft = drafts[chosen]
+    steps = None
+    if options.step_bits:
+        with progress.stage("step bits") as tick:
+            steps = find_steps(network, draft, seen, policy, options, scratch, tick)
     with progress.stage("graphs"):
-        return Quantized(draft.plan, smoothing, splitting, _graphs(network.model, draft.master(), draft.plan))
-
-
-@dataclass(frozen=True, eq=False)
-class Draft:
-    """A float graph in the form that is to be quantized, and the plan for it."""
-
-    model: ir.Model
-    plan: QuantPlan
-
-    def master(self) -> ir.Model:
-        """The same graph with the Q/DQ pairs of the plan."""
-        master = self.model.clone()
-        InsertQDQ(self.plan)(master)
-        return master
+        graphs = _graphs(network.model, draft.master(), draft.plan)
+        for suffix, narrow in steps.drafts.items() if steps else ():
+            graphs |= _siblings(narrow.master(), narrow.plan, suffix)
+        return Quantized(draft.plan, smoothing, splitting, graphs, steps)
 
 
 def _draft(
@@ -159,12 +157,18 @@ def _exceptions(
 
 
 def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:
-    """The siblings of a master that InsertQDQ made from the plan, each held to its rules."""
-    verify(master, MASTER, plan=plan, name="unet.onnx")
+    """The siblings of a master that InsertQDQ made from the plan, and the float twin."""
+    return {**_siblings(master, plan), "unet-float.onnx": model}
+
+
+def _siblings(master: ir.Model, plan: QuantPlan, suffix: str = "") -> dict[str, ir.Model]:
+    """The forms of a master for every runtime, each held to its rules. suffix: tells networks of one bundle apart."""
+    names = (f"unet{suffix}.onnx", f"unet{suffix}-trt.onnx", f"unet{suffix}-ort.onnx")
+    verify(master, MASTER, plan=plan, name=names[0])
     half, ort = master.clone(), master.clone()
     ShiftZeroPoints()(half)
     HalfRemainder()(half)
-    verify(half, TENSORRT, plan=plan, name="unet-trt.onnx")
+    verify(half, TENSORRT, plan=plan, name=names[1])
     OrtSibling(plan)(ort)
-    verify(ort, ONNXRUNTIME, plan=plan, name="unet-ort.onnx")
-    return {"unet.onnx": master, "unet-trt.onnx": half, "unet-ort.onnx": ort, "unet-float.onnx": model}
+    verify(ort, ONNXRUNTIME, plan=plan, name=names[2])
+    return dict(zip(names, (master, half, ort), strict=True))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,22 @@ def make_plan(
         reasons = "; ".join(sorted({layer.reason for layer in layers})) or "the graph has none"
         raise PlanError(f"plan: none of {len(layers)} weighted layers would be quantized ({reasons}).")
     return plan
+
+
+def with_act_bits(plan: QuantPlan, stats: Mapping[str, TensorStats], policy: Policy) -> QuantPlan:
+    """The same layers with the same weights, and inputs of no more bits than the policy's, on grids that it chooses.
+
+    stats: by edge, of every input that has more bits now.
+    """
+    grids: dict[str, Grid] = {}
+    layers = []
+    for layer in plan:
+        if layer.act_bits is not None and layer.act_bits > policy.act_bits:
+            if layer.input not in grids:
+                grids[layer.input] = policy.act_grid(stats[layer.input])
+            layer = replace(layer, **_input_fields(stats[layer.input], grids[layer.input], policy))
+        layers.append(layer)
+    return QuantPlan(policy.format, tuple(layers))
 
 
 def check_patterns(sites: Sequence[LayerSite], policy: Policy) -> None:
@@ -133,17 +150,24 @@ def _quantized_layer(
     return replace(
         _float_layer(site, reason),
         weight_bits=policy.weight_bits,
-        act_bits=policy.act_bits,
         weight_scale=tuple(map(float32_text, weight_grid.scale)),
-        act_scale=float32_text(act_grid.scale),
-        act_zero=int(act_grid.zero(policy.act_bits)),
         sqnr_db=_finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
-        act_sqnr_db=_finite_db(stats_sqnr_db(stats[site.input], act_grid)),
         weight_method=policy.weight_method,
-        act_method=policy.act_method_text,
+        **_input_fields(stats[site.input], act_grid, policy),
         output_amax=float32_text(policy.act_amax(stats[site.output], bits=8)) if site.output in stats else None,
         weight_zero=tuple(map(int, weight_zero)) if weight_zero.any() else None,
     )
+
+
+def _input_fields(stats: TensorStats, grid: Grid, policy: Policy) -> dict[str, Any]:
+    """What a plan says of a layer's input."""
+    return {
+        "act_bits": policy.act_bits,
+        "act_scale": float32_text(grid.scale),
+        "act_zero": int(grid.zero(policy.act_bits)),
+        "act_sqnr_db": _finite_db(stats_sqnr_db(stats, grid)),
+        "act_method": policy.act_method_text,
+    }
 
 
 def _checked_weight(site: LayerSite, weights: Mapping[str, np.ndarray]) -> np.ndarray:
