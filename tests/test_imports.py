@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 
 ORDER = (
     "errors", "specs", "files", "bundle", "schedule", "steps", "stepping", "correct", "sample", "study", "checkpoint",
-    "models", "calib", "quant", "export", "engines", "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
+    "models", "calib", "quant", "export", "engines", "reconstruct", "pictures", "sampler", "runtime", "evaluate",
+    "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
@@ -24,12 +25,21 @@ EXPORTING = tuple(f"pipeline/{name}.py" for name in (
 """Parts of the pipeline that only `qncd export` runs."""
 
 ISLANDS = {
-    "torch": ("checkpoint", "models", "quant", "export/trace.py", "engines/torch_", "evaluate/perceptual.py"),
+    "torch": (
+        "checkpoint",
+        "models",
+        "quant",
+        "export/trace.py",
+        "engines/torch_",
+        "reconstruct",
+        "evaluate/perceptual.py",
+    ),
     "diffusers": ("models",),
     "safetensors": ("checkpoint",),
     "yaml": ("models", "pipeline/network.py"),
     "onnx": ("export", "engines/torch_"),
-    "onnx_ir": ("export", *EXPORTING),
+    "onnx_ir": ("export", "reconstruct", *EXPORTING),
+    "networkx": ("export/blocks.py",),
     "onnxscript": ("export",),
     "openvino": ("engines/openvino.py",),
     "onnxruntime": ("engines/ort",),

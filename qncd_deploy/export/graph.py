@@ -7,7 +7,8 @@ timestep is what sine and cosine are taken of, and what sees nothing but the tim
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -188,6 +189,16 @@ def _role(flow: Flow, node: ir.Node) -> tuple[str, str]:
     if flow.is_condition(data):
         return "body", f"projects the condition {', '.join(sorted(flow.sources[data]))}"
     return "body", ""
+
+
+def row_values(value: ir.Value) -> int:
+    """Elements per row of the batch; a size that is not known counts as 1, a tensor without any shape as nothing."""
+    return 0 if value.shape is None else math.prod(size for size in value.shape[1:] if isinstance(size, int))
+
+
+def row_macs(shape: Sequence[int], out_axis: int, output: ir.Value) -> int:
+    """Multiplications per row of a weighted op: every output element takes one per weight of its channel."""
+    return row_values(output) * math.prod(shape) // shape[out_axis]
 
 
 def _is_one_token(flow: Flow, data: ir.Value) -> bool:

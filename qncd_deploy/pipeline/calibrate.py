@@ -16,7 +16,7 @@ from qncd_deploy.engines.base import default_backend, open_engine
 from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.engines.ort import OrtEngine
 from qncd_deploy.errors import CalibrationError
-from qncd_deploy.export.graph import instrument
+from qncd_deploy.export.graph import instrument, row_values
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.files import sha256_file
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
@@ -94,11 +94,6 @@ class Probe:
     def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> dict[str, np.ndarray]:
         inner = [name for name in names if name not in feeds]
         return {**{name: feeds[name] for name in names if name in feeds}, **self._engine.fetch(feeds, inner)}
-
-
-def row_values(value: ir.Value) -> int:
-    """Elements per row of the batch; a size that is not known counts as 1, a tensor without any shape as nothing."""
-    return 0 if value.shape is None else math.prod(size for size in value.shape[1:] if isinstance(size, int))
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import open_engine
 from qncd_deploy.engines.torch_ref import TorchEngine
+from qncd_deploy.export.graph import row_macs, row_values
 from qncd_deploy.export.save import save_siblings
-from qncd_deploy.pipeline.calibrate import in_batches, row_values
+from qncd_deploy.pipeline.calibrate import in_batches
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.quant.budget import EdgeCost, output_noise
 from qncd_deploy.quant.plan import LayerSite
@@ -74,12 +75,7 @@ def edge_costs(
             edge,
             tuple(site.name for site in layers),
             noise[edge],
-            sum(_macs(site, shapes[site.output]) for site in layers),
+            sum(row_macs(site.shape, site.out_axis, shapes[site.output]) for site in layers),
         )
         for edge, layers in readers.items()
     ]
-
-
-def _macs(site: LayerSite, output: ir.Value) -> int:
-    """Multiplications per row: every output element takes one per weight of its channel."""
-    return row_values(output) * int(np.prod(site.shape, dtype=np.int64)) // site.shape[site.out_axis]
