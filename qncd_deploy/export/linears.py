@@ -46,7 +46,7 @@ def _is_linear(site: LayerSite, node: ir.Node) -> bool:
     if site.op != "Conv":
         return "transA" not in node.attributes or not node.attributes["transA"].as_int()
     strides, pads = (node.attributes[key].as_ints() if key in node.attributes else () for key in ("strides", "pads"))
-    one_by_one = set(site.shape[2:]) == {1} and set(strides) <= {1} and not any(pads)
+    one_by_one = site.shape[2:] == (1, 1) and set(strides) <= {1} and not any(pads)
     return one_by_one and ("group" not in node.attributes or node.attributes["group"].as_int() == 1)
 
 
