@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy as np
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import PlanError
 from qncd_deploy.quant.grid import Grid, fake_quantize
-from qncd_deploy.quant.plan import HALVES, LayerPlan, LayerSite, QuantPlan, float32_text
+from qncd_deploy.quant.plan import HALVES, LayerPlan, LayerSite, QuantPlan, finite_db, float32_text
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db
 
@@ -151,7 +150,7 @@ def _quantized_layer(
         _float_layer(site, reason),
         weight_bits=policy.weight_bits,
         weight_scale=tuple(map(float32_text, weight_grid.scale)),
-        sqnr_db=_finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
+        sqnr_db=finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
         weight_method=policy.weight_method,
         **_input_fields(stats[site.input], act_grid, policy),
         output_amax=float32_text(policy.act_amax(stats[site.output], bits=8)) if site.output in stats else None,
@@ -165,7 +164,7 @@ def _input_fields(stats: TensorStats, grid: Grid, policy: Policy) -> dict[str, A
         "act_bits": policy.act_bits,
         "act_scale": float32_text(grid.scale),
         "act_zero": int(grid.zero(policy.act_bits)),
-        "act_sqnr_db": _finite_db(stats_sqnr_db(stats, grid)),
+        "act_sqnr_db": finite_db(stats_sqnr_db(stats, grid)),
         "act_method": policy.act_method_text,
     }
 
@@ -180,8 +179,3 @@ def _checked_weight(site: LayerSite, weights: Mapping[str, np.ndarray]) -> np.nd
         bad = int(weight.size - np.isfinite(weight).sum())
         raise PlanError(f"{site.name}: {bad} of {weight.size} weights are not finite. The checkpoint is damaged.")
     return weight
-
-
-def _finite_db(value: float) -> float | None:
-    """Decibels to a hundredth; None where nothing was lost, which JSON has no number for."""
-    return round(value, 2) if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -218,3 +219,8 @@ class QuantPlan:
 def float32_text(value: float | np.floating | np.ndarray) -> float:
     """The float whose repr is the shortest decimal that reads back as float32(value): a scale as JSON shows it."""
     return float(str(np.float32(value)))
+
+
+def finite_db(value: float) -> float | None:
+    """Decibels to a hundredth; None where nothing was lost, which JSON has no number for."""
+    return round(value, 2) if math.isfinite(value) else None

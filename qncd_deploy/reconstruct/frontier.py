@@ -1,0 +1,75 @@
+"""The tensors that the rest of a network still reads, for all calibration rows, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Frontier:
+    """Arrays by tensor name, first axis = rows; read through the page cache, so that memory stays bounded.
+
+    A tensor that does not depend on the rows is kept as it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._numbers = folder, count()
+        self._files: dict[str, Path] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._fixed: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays or name in self._fixed
+
+    def rows(self, names: Iterator[str] | tuple[str, ...], rows: slice | np.ndarray) -> dict[str, Tensor]:
+        """Copies of some rows of several tensors."""
+        return {
+            name: self._fixed[name] if name in self._fixed else torch.from_numpy(np.array(self._arrays[name][rows]))
+            for name in names
+        }
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """A tensor that is the same for all rows."""
+        self._fixed[name] = value
+
+    @contextmanager
+    def filling(self, name: str, count: int) -> Iterator[Filler]:
+        """Write a tensor batch by batch; it can be read once the block has ended. One that is there is replaced."""
+        path = self._folder / f"{next(self._numbers)}.npy"
+        filler = Filler(path, count)
+        yield filler
+        self.drop(name)
+        self._files[name], self._arrays[name] = path, filler.done()
+
+    def drop(self, name: str) -> None:
+        self._fixed.pop(name, None)
+        if self._arrays.pop(name, None) is not None:
+            self._files.pop(name).unlink()
+
+
+class Filler:
+    """One array that grows to `count` rows."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path, self._count, self._at = path, count, 0
+        self._array: np.memmap | None = None
+
+    def add(self, batch: Tensor) -> None:
+        array = batch.detach().numpy()
+        if self._array is None:
+            shape = (self._count, *array.shape[1:])
+            self._array = np.lib.format.open_memmap(self._path, mode="w+", dtype=array.dtype, shape=shape)
+        self._array[self._at : self._at + len(array)] = array
+        self._at += len(array)
+
+    def done(self) -> np.ndarray:
+        assert self._array is not None and self._at == self._count, f"{self._at} of {self._count} rows"
+        self._array.flush()
+        return self._array
