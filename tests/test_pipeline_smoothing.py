@@ -138,12 +138,12 @@ def test_folding_changes_nothing_but_rounding(network, tmp_path: Path) -> None:
 
 def test_the_quantized_network_has_what_lowers_its_error(network, tmp_path: Path) -> None:
     net, calib, options = network
-    made = quantize(net, calib, options, tmp_path, Silent())
+    made = quantize(net, calib, options, tmp_path / "work", tmp_path, Silent())
     before, after = made.smoothing.network_error
     assert made.smoothing.folded == ("query", "out") and after < before / 2
     assert made.plan["query"].input == made.plan["key"].input == "loud_smooth"
     assert made.plan["plain"].input == "even"
-    again = quantize(net, calib, options, tmp_path, Silent())
+    again = quantize(net, calib, options, tmp_path / "work", tmp_path, Silent())
     assert again.plan == made.plan
 
 

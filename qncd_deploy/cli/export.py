@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import time
+from math import log10
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +22,7 @@ from qncd_deploy.pipeline.options import (
     CALIB_METHODS,
     CORRECTIONS,
     FORMATS,
+    RECONSTRUCTION,
     SMOOTHING,
     SPLITTING,
     ExportOptions,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from qncd_deploy.pipeline.smoothing import Smoothing
     from qncd_deploy.pipeline.splitting import Splitting
     from qncd_deploy.pipeline.stepping import Steps
+    from qncd_deploy.reconstruct.network import Reconstruction
 
 DEFAULTS = ExportOptions(Path("model.ckpt"))
 
@@ -128,6 +132,13 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "only where the held-out error falls; qncd:paper is as published.",
 )
 @click.option("--alpha", type=float, help="Share of a range that moves into the weight.  [default: the best of a few]")
+@click.option(
+    "--recon",
+    type=click.Choice(RECONSTRUCTION),
+    default=DEFAULTS.recon,
+    help="Learn the rounding of weights block by block: fast, or paper (Q-Diffusion's schedule, 100 times as long); "
+    "auto is fast below 8 bits, else off.",
+)
 @click.option(
     "--correction",
     type=click.Choice(CORRECTIONS),
@@ -243,6 +254,8 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
         click.echo("smoothing   nothing to smooth: no residual blocks with a time embedding, no Linears were found")
     if exported.quantized.splitting.errors:
         click.echo(f"split       {_splitting_line(exported.quantized.splitting)}")
+    if (found := exported.quantized.reconstruction) is not None:
+        click.echo(f"rounding    {_rounding_line(found)}")
     if exported.quantized.steps is not None:
         click.echo(f"step bits   {_steps_line(exported.quantized.steps)}")
     for engine, fitted in (exported.fitted or {}).items():
@@ -298,6 +311,18 @@ def _steps_line(steps: Steps) -> str:
         f"{steps.stepping.line()}: {narrow} of {len(steps.calls)} calls have fewer; "
         f"held-out pictures {steps.stepped_snr_db:.1f} dB ({whole})"
     )
+
+
+def _rounding_line(found: Reconstruction) -> str:
+    kept = [outcome for outcome in found.outcomes.values() if outcome.kept]
+    iterations = sum(outcome.iterations for outcome in found.outcomes.values())
+    parts = [f"learned in {len(kept)} of {len(found.outcomes)} blocks ({found.preset.name}, {iterations} iterations)"]
+    if kept:
+        gain = median(10 * log10(outcome.error_before / outcome.error_after) for outcome in kept)
+        parts.append(f"their output error falls by {gain:.1f} dB (median)")
+    if len(kept) < len(found.outcomes):
+        parts.append("the others stay at the nearest level, where learning did not help")
+    return ", ".join(parts)
 
 
 def _weights_mebibytes(exported: Exported) -> str:

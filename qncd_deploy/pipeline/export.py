@@ -140,7 +140,8 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     save_siblings({graph.name: network.model}, scratch)
     with progress.stage("calibration") as tick:
         calib = calibration_set(network, options, graph, _name(options), tick)
-    quantized = quantize(network, calib, options, scratch, progress)
+    work = options.calib_dir / _name(options) / "rounding"
+    quantized = quantize(network, calib, options, work, scratch, progress)
     if options.brings_graph:
         with progress.stage("output error"):
             rows = spread_rows(calib, CHECKED_ROWS)
@@ -208,7 +209,10 @@ def _versions() -> dict[str, str]:
 
 
 def _quality(quantized: Quantized) -> dict[str, Any]:
+    """What is known before anything is sampled."""
     found = {"smoothing": _smoothing(quantized.smoothing), "splitting": quantized.splitting.to_json()}
+    if quantized.reconstruction is not None:
+        found["rounding"] = quantized.reconstruction.to_json()
     if quantized.plan.output_sqnr_db is not None:
         found["output_sqnr_db"] = quantized.plan.output_sqnr_db
     if quantized.steps is not None:

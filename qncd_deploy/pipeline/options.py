@@ -10,10 +10,12 @@ from pathlib import Path
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.contest import OBJECTIVES
+from qncd_deploy.reconstruct.preset import PRESETS
 
 FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
 SPLITTING = ("auto", "off", "shortcut", "all")
+RECONSTRUCTION = ("auto", "off", *PRESETS)
 CORRECTIONS = ("auto", "off", *METHODS)
 CALIB_METHODS = ("minmax", "percentile", "mse")
 ASYMMETRIC = ("auto", "off", "all")
@@ -31,7 +33,8 @@ class ExportOptions:
     the multiplications that may stay float where rounding costs most. split: "shortcut" quantizes the shortcut
     convolutions of skip concatenations half by half, "auto" those whose held-out error that lowers by enough, "all" the
     blocks' main convolutions too. step_bits: bits of activations to choose from by timestep, the format's own among
-    them; () for these throughout. alpha: None tries several. gate: fold smoothing
+    them; () for these throughout. alpha: None tries several. recon: "auto" learns the rounding of
+    weights below 8 bits. gate: fold smoothing
     only where it lowers the held-out error (False is for studies of the method itself). fit_size: pictures that
     corrections are fitted on; auto chooses on twice as many.
     """
@@ -61,6 +64,7 @@ class ExportOptions:
     step_bits: tuple[int, ...] = ()
     smooth: str = "qncd"
     alpha: float | None = None
+    recon: str = "auto"
     correction: str = "auto"
     objective: str = "shift"
     fit_size: int = 20
@@ -75,6 +79,7 @@ class ExportOptions:
             ("--format", self.format, FORMATS),
             ("--split", self.split, SPLITTING),
             ("--smooth", self.smooth, SMOOTHING),
+            ("--recon", self.recon, RECONSTRUCTION),
             ("--correction", self.correction, CORRECTIONS),
             ("--objective", self.objective, OBJECTIVES),
             ("--calib-method", self.calib_method, CALIB_METHODS),

@@ -31,6 +31,8 @@ from qncd_deploy.quant.budget import keep_float
 from qncd_deploy.quant.decide import check_patterns, decide, make_plan
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.quant.policy import Policy
+from qncd_deploy.reconstruct.network import Reconstruction, reconstruct
+from qncd_deploy.reconstruct.preset import PRESETS, Preset
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Quantized:
     splitting: Splitting
     graphs: Mapping[str, ir.Model]
     steps: Steps | None = None
+    reconstruction: Reconstruction | None = None
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -69,9 +72,11 @@ def unquantized(network: FloatNetwork, options: ExportOptions) -> Quantized:
 
 
 def quantize(
-    network: FloatNetwork, calib: CalibSet, options: ExportOptions, scratch: Path, progress: Progress
+    network: FloatNetwork, calib: CalibSet, options: ExportOptions, work: Path, scratch: Path, progress: Progress
 ) -> Quantized:
-    """Smooth, split, observe, plan, and insert Q/DQ. scratch: a folder for graphs that only calibration runs.
+    """Smooth, split, observe, plan, learn the rounding, and insert Q/DQ.
+
+    work: a folder for what a killed run should go on from; scratch: one for what it should not.
 
     Raises: PlanError, CalibrationError or ExportError, naming the layer.
     """
@@ -97,6 +102,22 @@ def quantize(
             forms = [(draft.master(), draft.plan) for draft in drafts]
             chosen, smoothing = judge(network, alternatives, forms, calib, options, scratch)
     draft = drafts[chosen]
+    found = None
+    if (preset := _preset(options, policy)) is not None:
+        with progress.stage("rounding") as tick:
+            found = reconstruct(
+                draft.model,
+                network.inputs,
+                draft.plan,
+                calib.arrays,
+                preset=preset,
+                seed=options.seed,
+                work=work,
+                scratch=scratch,
+                resume=options.resume,
+                tick=tick,
+            )
+        draft = Draft(found.fold(draft.model), found.revise(draft.plan, draft.model, seen))
     steps = None
     if options.step_bits:
         with progress.stage("step bits") as tick:
@@ -105,7 +126,12 @@ def quantize(
         graphs = _graphs(network.model, draft.master(), draft.plan)
         for suffix, narrow in steps.drafts.items() if steps else ():
             graphs |= _siblings(narrow.master(), narrow.plan, suffix)
-        return Quantized(draft.plan, smoothing, splitting, graphs, steps)
+        return Quantized(draft.plan, smoothing, splitting, graphs, steps, found)
+
+
+def _preset(options: ExportOptions, policy: Policy) -> Preset | None:
+    name = ("fast" if policy.weight_bits < 8 else "off") if options.recon == "auto" else options.recon
+    return PRESETS.get(name)
 
 
 def _draft(
