@@ -236,3 +236,44 @@ def test_an_exported_unet_equals_its_torch_module(kind: str, backend: str, tmp_p
         found = engine(feeds)["out"]
     # About 100 layers, each adding a few float32 roundings (6e-8) of values of the output's size: 2e-5 of its maximum.
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_an_error_of_a_weight_moves_the_output_as_much_as_it_says(tmp_path: Path) -> None:
+    """The network is linear in each of its weights: the first order is all there is."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "c": rng.standard_normal((6, 3, 3, 3)),
+        "m": rng.standard_normal((16, 5)),
+        "g": rng.standard_normal((4, 30)),
+        "b": rng.standard_normal(4),
+    }
+    body = """
+        h = Conv<pads=[1, 1, 1, 1]>(x, c)
+        shape = Constant<value_ints=[0, 6, 16]>()
+        tokens = Reshape(h, shape)
+        t = MatMul(tokens, m)
+        flat = Flatten(t)
+        y = Gemm<transB=1, alpha=0.5>(flat, g, b)
+    """
+    model = parse("float[2,3,4,4] x", body)
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    errors = {name: [rng.standard_normal(w.shape).astype(np.float32) for _ in range(2)] for name, w in weights.items()}
+    x, probe = rng.standard_normal((2, 3, 4, 4)).astype(np.float32), rng.standard_normal((2, 4)).astype(np.float32)
+
+    def output(changed: dict[str, np.ndarray]) -> np.ndarray:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        arrays = {**weights, **changed}
+        copy.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+        onnx.save(copy, tmp_path / "linear.onnx")
+        return ReferenceEvaluator(copy).run(None, {"x": x})[0].astype(np.float64)
+
+    exact = output({})
+    nodes = {"h": "c", "t": "m", "y": "g"}
+    with open_engine("torch", tmp_path / "linear.onnx") as engine:
+        found = engine.weight_effects({"x": x}, {n: lambda w=w: errors[w] for n, w in nodes.items()}, probe)
+    assert found.keys() == nodes.keys()
+    for node, weight in nodes.items():
+        moved = [((output({weight: weights[weight] + e}) - exact) * probe).sum(axis=1) for e in errors[weight]]
+        # Differences of outputs of a few hundred in float32: 1e-4 absolute, of effects of the order of 100.
+        np.testing.assert_allclose(found[node], moved, rtol=1e-4, atol=2e-3)

@@ -6,7 +6,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds
-from qncd_deploy.engines.torch_ops import OPERATORS, torch_dtype
+from qncd_deploy.engines.torch_ops import OPERATORS, Operator, torch_dtype
 from qncd_deploy.errors import BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
@@ -70,12 +70,17 @@ class TorchEngine(BaseEngine):
         A tensor that several nodes read has one gradient for each of them: of the path through that node alone.
         out: the graph's only output. Nodes that the float inputs do not reach are left out.
         """
-        given = {name: torch.tensor(array) for name, array in check_feeds(self.path, self.inputs, feeds).items()}
-        for tensor in given.values():
-            tensor.requires_grad_(tensor.is_floating_point())
         taps: dict[str, Tensor] = {}
+
+        def tapped(name: str, run: Operator) -> Operator:
+            def operator(x: Tensor, *others: Tensor | None, **attributes: Any) -> Tensor | tuple[Tensor, ...]:
+                taps[name] = x.view_as(x)
+                return run(taps[name], *others, **attributes)
+
+            return operator if name in nodes else run
+
         with torch.enable_grad():
-            (out,) = self._interpret(given, nodes, taps).values()
+            (out,) = self._interpret(self._differentiable(feeds), tapped).values()
             reached = {name: tensor for name, tensor in taps.items() if tensor.requires_grad}
             found = torch.autograd.grad(out, list(reached.values()), torch.from_numpy(cotangent), allow_unused=True)
         return {
@@ -84,17 +89,52 @@ class TorchEngine(BaseEngine):
             if gradient is not None
         }
 
+    def weight_effects(
+        self,
+        feeds: Mapping[str, np.ndarray],
+        errors: Mapping[str, Callable[[], Sequence[np.ndarray]]],
+        cotangent: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """How far errors of a node's weight, its second input, move each row of cotangent * out, to first order.
+
+        errors: by name of a node's output, what makes the errors, arrays of the weight's shape, when they are needed.
+        Returns (errors, rows) float64 by the same names: the inner product in each row of op(x, error) and the gradient
+        at the node's output. out: the graph's only output. Nodes that it does not depend on are left out.
+        """
+        found: dict[str, np.ndarray] = {}
+
+        def watched(name: str, run: Operator) -> Operator:
+            def operator(x: Tensor, *others: Tensor | None, **attributes: Any) -> Tensor | tuple[Tensor, ...]:
+                def measure(gradient: Tensor) -> None:
+                    moved = (run(x.detach(), torch.from_numpy(error), **attributes) for error in errors[name]())
+                    rows = [(gradient * each).reshape(len(cotangent), -1).sum(1, dtype=torch.float64) for each in moved]
+                    found[name] = torch.stack(rows).numpy()
+
+                y = run(x, *others, **attributes)
+                assert isinstance(y, Tensor)
+                y.requires_grad_().register_hook(measure)  # required where no float input of the graph reaches it, too
+                return y
+
+            return operator if name in errors else run
+
+        with torch.enable_grad():
+            (out,) = self._interpret(self._differentiable(feeds), watched).values()
+            out.backward(torch.from_numpy(cotangent))
+        return found
+
+    def _differentiable(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        given = {name: torch.tensor(array) for name, array in check_feeds(self.path, self.inputs, feeds).items()}
+        return {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in given.items()}
+
     def _interpret(
-        self, values: dict[str, Tensor], tapped: Collection[str] = (), taps: dict[str, Tensor] | None = None
+        self, values: dict[str, Tensor], wrap: Callable[[str, Operator], Operator] = lambda name, run: run
     ) -> dict[str, Tensor]:
-        """Outputs by name. taps: receives the first input of every tapped node, as a tensor of its own."""
+        """Outputs by name. wrap: what to run for a node, from the name of its first output and its operator."""
         values = {**self._weights, **values}
         for (node, attributes), expired in zip(self._nodes, self._expired, strict=True):
             inputs = [values[name] if name else None for name in node.input]
-            if taps is not None and node.output[0] in tapped:
-                inputs[0] = taps[node.output[0]] = values[node.input[0]].view_as(values[node.input[0]])
             try:
-                results = OPERATORS[node.op_type](*inputs, **attributes)
+                results = wrap(node.output[0], OPERATORS[node.op_type])(*inputs, **attributes)
             except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as exc:
                 where = f"{node.op_type} {node.name or node.output[0]!r}"
                 raise EngineError(f"{self.path}: {where} failed in the torch engine ({first_line(exc)}).") from exc
