@@ -19,8 +19,8 @@ ORDER = (
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
-    "calibrate", "network", "smoothing", "splitting", "draft", "quantize", "output_error", "free_run", "sensitivity",
-    "export", "dry_run",
+    "calibrate", "network", "smoothing", "splitting", "draft", "bits", "quantize", "output_error", "free_run",
+    "sensitivity", "export", "dry_run",
 ))  # fmt: skip
 """Parts of the pipeline that only `qncd export` runs."""
 
@@ -41,6 +41,7 @@ ISLANDS = {
     "onnx_ir": ("export", "reconstruct", *EXPORTING),
     "networkx": ("export/blocks.py",),
     "onnxscript": ("export",),
+    "scipy": ("quant/mixed.py",),
     "openvino": ("engines/openvino.py",),
     "onnxruntime": ("engines/ort",),
     "jinja2": ("evaluate/report.py",),

@@ -12,18 +12,22 @@ pytest.importorskip("torch", reason="gradients of the graph need torch")
 pytest.importorskip("onnxruntime")
 
 from qncd_deploy.calib.observe import observe  # noqa: E402
-from qncd_deploy.calib.trajectories import load_user_npz  # noqa: E402
+from qncd_deploy.calib.observers import TensorStats  # noqa: E402
+from qncd_deploy.calib.trajectories import CalibSet, load_user_npz  # noqa: E402
 from qncd_deploy.export.passes.common import constant, initializer  # noqa: E402
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
 from qncd_deploy.pipeline.calibrate import probing  # noqa: E402
 from qncd_deploy.pipeline.network import FloatNetwork, read_network  # noqa: E402
 from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
 from qncd_deploy.pipeline.output_error import output_errors  # noqa: E402
-from qncd_deploy.pipeline.sensitivity import edge_costs  # noqa: E402
+from qncd_deploy.pipeline.sensitivity import edge_costs, unmeasured, weight_noise  # noqa: E402
 from qncd_deploy.quant.budget import LARGEST_BUDGET, LEAST_SHARE, TOO_NOISY, EdgeCost, keep_float, output_noise  # noqa: E402
 from qncd_deploy.quant.decide import decide, make_plan  # noqa: E402
 from qncd_deploy.quant.grid import Grid, fake_quantize  # noqa: E402
+from qncd_deploy.quant.mixed import WIDTHS  # noqa: E402
+from qncd_deploy.quant.plan import Choice, LayerSite  # noqa: E402
 from qncd_deploy.quant.policy import Policy  # noqa: E402
+from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db  # noqa: E402
 
 
 def test_the_prediction_is_the_squared_projection_of_the_rounding_error() -> None:
@@ -56,7 +60,7 @@ def test_the_noisiest_per_multiplication_go_first_while_they_fit() -> None:
     rows = costs(("a", 5e-4, 10), ("b", 4e-4, 2), ("c", 1e-4, 1000), ("d", 3e-4, 988))
     chosen = keep_float(rows, budget=0.006)  # 12 multiplications of 2,000
     assert set(chosen) == {"a.weight", "b.weight"}
-    assert "38%" in chosen["a.weight"] and "0.5%" in chosen["a.weight"]
+    assert "38%" in chosen["a.weight"].reason and "0.5%" in chosen["a.weight"].reason
     assert set(keep_float(rows, budget=0.002)) == {"b.weight"}
     assert set(keep_float(rows, budget=1.0)) == {f"{name}.weight" for name in "abcd"}
     assert keep_float(rows, budget=0.0) == {}
@@ -92,15 +96,32 @@ def network(bundle: Path, calibration: Path) -> FloatNetwork:
     return read_network(ExportOptions(bundle / "unet-float.onnx", calib_data=calibration))
 
 
-def test_prediction_against_quantizing_one_tensor_at_a_time(
-    network: FloatNetwork, calibration: Path, tmp_path: Path
-) -> None:
-    policy = Policy(weight_method="minmax")
-    sites = [site for site in network.sites if decide(site, policy)[0]]
-    calib = load_user_npz(calibration, network.facts.inputs)
+POLICY = Policy(weight_method="minmax")
+
+
+@pytest.fixture(scope="module")
+def sites(network: FloatNetwork) -> list[LayerSite]:
+    return [site for site in network.sites if decide(site, POLICY)[0]]
+
+
+@pytest.fixture(scope="module")
+def calib(network: FloatNetwork, calibration: Path) -> CalibSet:
+    return load_user_npz(calibration, network.facts.inputs)
+
+
+@pytest.fixture(scope="module")
+def stats(
+    network: FloatNetwork, sites: list[LayerSite], calib: CalibSet, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, TensorStats]:
     edges = list(dict.fromkeys(site.input for site in sites))
-    with probing(network.model, edges, tmp_path) as probe:
-        stats = observe(probe, calib.batches(8), edges)
+    with probing(network.model, edges, tmp_path_factory.mktemp("ranges")) as probe:
+        return observe(probe, calib.batches(8), edges)
+
+
+def test_prediction_against_quantizing_one_tensor_at_a_time(
+    network: FloatNetwork, sites: list[LayerSite], calib: CalibSet, stats: dict[str, TensorStats], tmp_path: Path
+) -> None:
+    policy, edges = POLICY, list(dict.fromkeys(site.input for site in sites))
     predicted = edge_costs(network.model, network, sites, calib, stats, policy, tmp_path)
     assert [cost.edge for cost in predicted] == edges
     assert sorted(name for cost in predicted for name in cost.layers) == sorted(site.name for site in sites)
@@ -110,7 +131,7 @@ def test_prediction_against_quantizing_one_tensor_at_a_time(
     tried = heard[:: len(heard) // 6]
     forms = []
     for cost in tried:
-        exceptions = {site.name: "not this one" for site in sites if site.input != cost.edge}
+        exceptions = {site.name: Choice(None, "not this one") for site in sites if site.input != cost.edge}
         plan = make_plan(network.sites, weights, stats, policy, exceptions=exceptions)
         model = network.model.clone()
         InsertQDQ(plan)(model)
@@ -127,3 +148,51 @@ def test_prediction_against_quantizing_one_tensor_at_a_time(
     # carry the noise; a factor of two either way is three of them.
     assert np.all((ratio > 0.5) & (ratio < 2)), ratio
     assert measured[-1] > 10 * measured[0]  # the layers differ, and the order is right
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_prediction_against_rounding_one_weight_at_a_time(
+    network: FloatNetwork, sites: list[LayerSite], calib: CalibSet, tmp_path: Path, width: int
+) -> None:
+    found = weight_noise(network.model, network, sites, calib, POLICY, tmp_path)
+    assert list(found) == [site.name for site in sites]
+    heard = sorted((site for site in sites if found[site.name][width] > 0), key=lambda site: found[site.name][width])
+    tried = heard[:: len(heard) // 6]
+    assert {site.op for site in tried} > {"Conv"}
+    forms = []
+    for site in tried:
+        model = network.model.clone()
+        weight = model.graph.initializers[site.name]
+        exact = constant(weight)
+        rounded = fake_quantize(exact, POLICY.weight_grid(exact, site.out_axis, bits=width))
+        weight.const_value = ir.tensor(rounded, name=site.name)
+        forms.append((model, None))
+    rows = calib.take(np.unique(np.linspace(0, len(calib) - 1, 32).astype(int)))
+    measured = [error.relative for error in output_errors(network.model, forms, network.facts.inputs, rows, tmp_path)]
+    ratio = np.array([found[site.name][width] for site in tried]) / measured
+    assert np.all((ratio > 0.5) & (ratio < 2)), ratio  # as above
+    assert measured[-1] > 10 * measured[0]
+
+
+def test_a_network_too_large_to_differentiate_is_judged_by_what_each_layer_loses_itself(
+    network: FloatNetwork,
+    sites: list[LayerSite],
+    calib: CalibSet,
+    stats: dict[str, TensorStats],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qncd_deploy.pipeline.sensitivity.MEMORY_BYTES", 1)
+    assert edge_costs(network.model, network, sites, calib, stats, POLICY, tmp_path) == []
+    assert weight_noise(network.model, network, sites, calib, POLICY, tmp_path) == {}
+    edges, weights = unmeasured(network.model, sites, stats, POLICY)
+    whole = sum(edge.macs for edge in edges)
+    alone = next(edge for edge in edges if len(edge.layers) == 1)
+    (site,) = (site for site in sites if site.name in alone.layers)
+    weight = constant(network.model.graph.initializers[site.name])
+    for width in WIDTHS:
+        lost = 10 ** (-sqnr_db(weight, fake_quantize(weight, POLICY.weight_grid(weight, 0, bits=width))) / 10)
+        assert weights[site.name][width] == pytest.approx(lost * alone.macs / whole)
+    seen = stats[alone.edge]
+    lost = 10 ** (-stats_sqnr_db(seen, POLICY.act_grid(seen)) / 10)
+    assert alone.noise == pytest.approx(lost * alone.macs / whole)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qncd_deploy.cli.options import PATH, Numbers, json_option, print_json
+from qncd_deploy.cli.options import PATH, Numbers, Size, bits_line, json_option, print_json
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing, GateFailed
 from qncd_deploy.evaluate.contest import OBJECTIVES
@@ -106,6 +106,21 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "predicted error is large; 0 quantizes all.",
 )
 @click.option(
+    "--avg-bits",
+    type=float,
+    metavar="BITS",
+    help="Budget of a w4 format: 4 or 8 bits or float for each layer's weights, so that they take this many on average "
+    "(float counts 16) and the output suffers least, as predicted from one backward pass. Activations keep the "
+    "format's bits.",
+)
+@click.option(
+    "--max-size",
+    type=Size(),
+    metavar="SIZE",
+    help="The same budget as a size, like 12MB: of the layers to quantize, weights packed to their bits with 4 bytes a "
+    "scale, float weights in 2 bytes. Files and engines hold 4 bits in a whole byte.",
+)
+@click.option(
     "--step-bits",
     type=Numbers(),
     default=DEFAULTS.step_bits,
@@ -191,7 +206,7 @@ def export_command(**given: Any) -> None:
 
 
 def _need_export_extra() -> None:
-    for library in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript"):
+    for library in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript", "scipy"):
         if importlib.util.find_spec(library) is None:
             raise BackendMissing(
                 f"export: the library {library} is not installed; sampling does not need it, exporting does. "
@@ -247,6 +262,8 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
             reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
     for reason, count in reasons.items():
         click.echo(f"            {count:4d}  {reason}")
+    if "bits" in manifest.quality:
+        click.echo(f"bits        {bits_line(manifest.quality['bits'])}")
     smoothing = exported.quantized.smoothing
     if smoothing.blocks or smoothing.linears:
         click.echo(f"smoothing   {_smoothing_line(smoothing)}")

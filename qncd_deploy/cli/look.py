@@ -18,6 +18,7 @@ from rich.table import Table
 from qncd_deploy.bundle import file_problems, read_manifest
 from qncd_deploy.cli.options import (
     backend_option,
+    bits_line,
     bundle_argument,
     engine_dir_option,
     fitted_tables,
@@ -71,6 +72,8 @@ def inspect_command(
     console.print(table)
     bits = Counter(_bits(layer) for layer in plan["layers"])
     console.print("   ".join(f"{count} {name}" for name, count in sorted(bits.items())))
+    if "bits" in manifest.quality:
+        console.print(f"bits {bits_line(manifest.quality['bits'])}")
     if opened.stepping is not None:
         graphs = ", ".join(manifest.roles[role] for role in opened.network_roles("master"))
         console.print(f"activations {opened.stepping.line()} ({graphs}; the layers above are those of the last)")

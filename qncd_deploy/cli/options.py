@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,33 @@ class Numbers(click.ParamType):
         if not all(part.isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r}: expected whole numbers from 1, with commas.", param, ctx)
         return tuple(map(int, parts))
+
+
+class Size(click.ParamType):
+    """A number of bytes: 12MB, 1.5GB (powers of 1000), 800KiB, 12MiB (powers of 1024), or plain bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?))?b?", str(value).strip(), re.IGNORECASE)
+        if parts is None:
+            self.fail(f"{value!r} is not a size like 12MB, 800KiB or 12000000.", param, ctx)
+        number, prefix, binary = parts.groups()
+        power = 0 if prefix is None else "kmg".index(prefix.lower()) + 1
+        return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def bits_line(bits: Mapping[str, Any]) -> str:
+    """How a budget of bits was spent, from what the manifest says of it."""
+    layers = ", ".join(f"{count} {kind}" for kind, count in bits["layers"].items())
+    least, noise = next(iter(bits["predicted_noise_uniform"].items()))
+    by = "" if bits["measured"] else " (by weight error times arithmetic: too large for a backward pass)"
+    return (
+        f"{bits['average']:.2f} a weight on average, {bits['packed_bytes'] / 1e6:.2f} MB packed ({bits['budget']}): "
+        f"{layers}; predicted error of the output {bits['predicted_noise']:.2%}, all {least} {noise:.2%}{by}"
+    )
 
 
 def typed_command() -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qncd_deploy.pipeline.bits import check_budget
 from qncd_deploy.pipeline.export import bundle_folder
 from qncd_deploy.pipeline.network import read_network
 from qncd_deploy.pipeline.options import ExportOptions
@@ -54,6 +55,7 @@ def dry_run(options: ExportOptions) -> DryRun:
     policy = policy_of(options)
     network = read_network(options)
     check_patterns(network.sites, policy)
+    check_budget(network.sites, options, policy)
     layers = tuple((site, *decide(site, policy)) for site in network.sites)
     skips = candidates(network, options, policy)
     return DryRun(bundle_folder(options), layers, len(network.resblocks), len(skips))

@@ -26,6 +26,7 @@ from qncd_deploy.export.save import save_siblings
 from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.files import atomic_directory, sha256_file
 from qncd_deploy.models.load import artifact_name
+from qncd_deploy.pipeline.bits import check_budget
 from qncd_deploy.pipeline.calibrate import calibration_set
 from qncd_deploy.pipeline.fit import FitOptions, Fitted, fit, merge_into
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
@@ -39,7 +40,7 @@ from qncd_deploy.quant.policy import FLOAT_FORMAT
 from qncd_deploy.runtime import Bundle
 
 GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx"}
-LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy")
+LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy", "scipy")
 CHECKED_ROWS = 256
 """Calibration rows on which a network that cannot sample is compared with its float twin."""
 
@@ -136,6 +137,7 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     verify(network.model, FLOAT, name="unet-float.onnx")
     if options.format == FLOAT_FORMAT:
         return unquantized(network, options)
+    check_budget(network.sites, options, policy_of(options))
     graph = scratch / GRAPHS["float"]
     save_siblings({graph.name: network.model}, scratch)
     with progress.stage("calibration") as tick:
@@ -213,6 +215,8 @@ def _quality(quantized: Quantized) -> dict[str, Any]:
     found = {"smoothing": _smoothing(quantized.smoothing), "splitting": quantized.splitting.to_json()}
     if quantized.reconstruction is not None:
         found["rounding"] = quantized.reconstruction.to_json()
+    if (bits := quantized.bits.to_json()) is not None:
+        found["bits"] = bits
     if quantized.plan.output_sqnr_db is not None:
         found["output_sqnr_db"] = quantized.plan.output_sqnr_db
     if quantized.steps is not None:

@@ -19,6 +19,8 @@ RECONSTRUCTION = ("auto", "off", *PRESETS)
 CORRECTIONS = ("auto", "off", *METHODS)
 CALIB_METHODS = ("minmax", "percentile", "mse")
 ASYMMETRIC = ("auto", "off", "all")
+MIXED_FORMATS = ("w4a8", "w4a6", "w4a4")
+"""Formats whose weights may get more bits, layer by layer."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -29,14 +31,14 @@ class ExportOptions:
 
     checkpoint: CompVis checkpoint, diffusers folder or float ONNX graph. config: the YAML of a checkpoint, or the
     scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network calls
-    recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of
-    the multiplications that may stay float where rounding costs most. split: "shortcut" quantizes the shortcut
-    convolutions of skip concatenations half by half, "auto" those whose held-out error that lowers by enough, "all" the
-    blocks' main convolutions too. step_bits: bits of activations to choose from by timestep, the format's own among
-    them; () for these throughout. alpha: None tries several. recon: "auto" learns the rounding of
-    weights below 8 bits. gate: fold smoothing
-    only where it lowers the held-out error (False is for studies of the method itself). fit_size: pictures that
-    corrections are fitted on; auto chooses on twice as many.
+    recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of the multiplications
+    that may stay float where rounding costs most. avg_bits, max_size: budget of the weights, in bits per weight or in
+    bytes of all. split: "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto"
+    those whose held-out error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of
+    activations to choose from by timestep, the format's own among them; () for these throughout. alpha: None tries
+    several. recon: "auto" learns the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the
+    held-out error (False is for studies of the method itself). fit_size: pictures that corrections are fitted on; auto
+    chooses on twice as many.
     """
 
     checkpoint: Path
@@ -60,6 +62,8 @@ class ExportOptions:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     keep_float: float = 2.0
+    avg_bits: float | None = None
+    max_size: int | None = None
     split: str = "auto"
     step_bits: tuple[int, ...] = ()
     smooth: str = "qncd"
@@ -99,6 +103,7 @@ class ExportOptions:
             raise UsageError(f"--keep-float {self.keep_float:g}: expected 0 to 100, percent of the arithmetic.")
         object.__setattr__(self, "step_bits", tuple(sorted(self.step_bits)))
         self._check_step_bits()
+        self._check_budget()
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha {self.alpha:g}: expected 0 to 1, the share of a range that is moved.")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
@@ -132,6 +137,21 @@ class ExportOptions:
             raise UsageError(
                 f"{given}: a bare graph without a schedule has no steps. Give --config scheduler_config.json."
             )
+
+    def _check_budget(self) -> None:
+        given = {"--avg-bits": self.avg_bits, "--max-size": self.max_size}
+        flags = [flag for flag, value in given.items() if value is not None]
+        if len(flags) == 2:
+            raise UsageError("--avg-bits and --max-size: two budgets for the same weights. Give one of them.")
+        if flags and self.format not in MIXED_FORMATS:
+            raise UsageError(
+                f"{flags[0]}: shares 4 and 8 bits out among the layers, which --format {self.format} does not. Choose "
+                f"one of {', '.join(MIXED_FORMATS)}, whose activations it keeps."
+            )
+        if self.avg_bits is not None and not 4 <= self.avg_bits <= 16:
+            raise UsageError(f"--avg-bits {self.avg_bits:g}: expected 4 to 16, a float weight counting 16.")
+        if self.max_size is not None and self.max_size < 1:
+            raise UsageError(f"--max-size {self.max_size}: expected 1 byte or more.")
 
     @property
     def brings_graph(self) -> bool:

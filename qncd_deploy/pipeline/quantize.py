@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +17,26 @@ from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.shift import ShiftZeroPoints
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
+from qncd_deploy.pipeline.bits import Bits, choose_bits
 from qncd_deploy.pipeline.calibrate import counted, probing
 from qncd_deploy.pipeline.draft import Draft
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Progress, Tick
-from qncd_deploy.pipeline.sensitivity import edge_costs
 from qncd_deploy.pipeline.smoothing import Smoothing, find_smoothing, judge
 from qncd_deploy.pipeline.splitting import Splitting, find_splitting
 from qncd_deploy.pipeline.stepping import Steps, find_steps
-from qncd_deploy.quant.budget import keep_float
 from qncd_deploy.quant.decide import check_patterns, decide, make_plan
-from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.quant.plan import Choice, QuantPlan
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.reconstruct.network import Reconstruction, reconstruct
 from qncd_deploy.reconstruct.preset import PRESETS, Preset
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """The plan, what became of smoothing and of splitting, and the graphs by file name (the float twin too).
+    """The plan, what became of smoothing, of splitting and of a budget of bits, and the graphs by file name (the float
+    twin too).
 
     steps: what became of --step-bits, None without it.
     """
@@ -47,6 +44,7 @@ class Quantized:
     plan: QuantPlan
     smoothing: Smoothing
     splitting: Splitting
+    bits: Bits
     graphs: Mapping[str, ir.Model]
     steps: Steps | None = None
     reconstruction: Reconstruction | None = None
@@ -68,7 +66,8 @@ def policy_of(options: ExportOptions) -> Policy:
 def unquantized(network: FloatNetwork, options: ExportOptions) -> Quantized:
     """The plan and the graphs of a bundle whose layers all stay in float: the baseline of the quantized ones."""
     plan = make_plan(network.sites, {}, {}, policy_of(options))
-    return Quantized(plan, Smoothing.none(), Splitting({}, ()), _graphs(network.model, network.model.clone(), plan))
+    graphs = _graphs(network.model, network.model.clone(), plan)
+    return Quantized(plan, Smoothing.none(), Splitting({}, ()), Bits(), graphs)
 
 
 def quantize(
@@ -90,12 +89,10 @@ def quantize(
     plain, smoothed = splitting.apply(network.model), splitting.apply(smoothing.divide(network.model))
     with progress.stage("ranges") as tick:
         seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
-    exceptions: Mapping[str, str] = {}
-    if options.keep_float:
-        with progress.stage("sensitivity"):
-            exceptions = _exceptions(network, smoothed, calib, seen, options, policy, scratch)
+    with progress.stage("sensitivity"):
+        bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch)
     models = [splitting.apply(each.fold(network.model)) for each in alternatives]
-    drafts = [_draft(network, model, seen, policy, exceptions) for model in models]
+    drafts = [_draft(network, model, seen, policy, bits.exceptions) for model in models]
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
@@ -126,7 +123,7 @@ def quantize(
         graphs = _graphs(network.model, draft.master(), draft.plan)
         for suffix, narrow in steps.drafts.items() if steps else ():
             graphs |= _siblings(narrow.master(), narrow.plan, suffix)
-        return Quantized(draft.plan, smoothing, splitting, graphs, steps, found)
+        return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found)
 
 
 def _preset(options: ExportOptions, policy: Policy) -> Preset | None:
@@ -139,7 +136,7 @@ def _draft(
     model: ir.Model,
     seen: Mapping[str, TensorStats],
     policy: Policy,
-    exceptions: Mapping[str, str],
+    exceptions: Mapping[str, Choice],
 ) -> Draft:
     sites = find_sites(model, network.inputs)
     weights = {site.name: constant(model.graph.initializers[site.name]) for site in sites}
@@ -163,23 +160,6 @@ def _ranges(
     edges += [site.input for site in plain]
     with probing(models[1], edges, scratch) as probe:
         return observe(probe, counted(network, calib, tick), edges, row_bytes=probe.row_bytes)
-
-
-def _exceptions(
-    network: FloatNetwork,
-    model: ir.Model,
-    calib: CalibSet,
-    seen: Mapping[str, TensorStats],
-    options: ExportOptions,
-    policy: Policy,
-    scratch: Path,
-) -> Mapping[str, str]:
-    sites = find_sites(model, network.inputs)
-    chosen = [site for site in sites if decide(site, policy)[0] and seen[site.input].amax > 0]
-    costs = edge_costs(model, network, chosen, calib, seen, policy, scratch)
-    if not costs:
-        log.info("the network is too large to measure which layers rounding hurts most: --keep-float is idle")
-    return keep_float(costs, budget=options.keep_float / 100)
 
 
 def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qncd_deploy.quant.grid import Grid, fake_quantize
+from qncd_deploy.quant.plan import Choice
 
 LEAST_SHARE = 0.03
 """A layer that makes less than this share of the error is not worth an exception."""
@@ -50,8 +51,8 @@ def output_noise(x: np.ndarray, gradients: Sequence[np.ndarray], grid: Grid, sig
     return float(np.mean(np.square((error * total).sum(axis=1)) / signal))
 
 
-def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, str]:
-    """Layers to leave in float with the reason of each: the noisiest per multiplication while they fit in the budget.
+def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, Choice]:
+    """Layers to leave in float, with the reason of each: the noisiest per multiplication while they fit in the budget.
 
     budget: share of all multiplications in `costs` that may stay float, 0 to 1; up to LARGEST_BUDGET of them while the
     other layers are predicted to make more than TOO_NOISY of the output's power.
@@ -68,5 +69,5 @@ def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, str]
         left_noise -= cost.noise
         part = f"{cost.macs / macs:.1%} of the arithmetic"
         reason = f"rounding its input would make {share:.0%} of the output error, for {part}"
-        chosen |= dict.fromkeys(cost.layers, reason)
+        chosen |= dict.fromkeys(cost.layers, Choice(None, reason))
     return chosen

@@ -13,7 +13,7 @@ import numpy as np
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import PlanError
 from qncd_deploy.quant.grid import Grid, fake_quantize
-from qncd_deploy.quant.plan import HALVES, LayerPlan, LayerSite, QuantPlan, finite_db, float32_text
+from qncd_deploy.quant.plan import HALVES, Choice, LayerPlan, LayerSite, QuantPlan, finite_db, float32_text
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db
 
@@ -35,13 +35,13 @@ def make_plan(
     stats: Mapping[str, TensorStats],
     policy: Policy,
     *,
-    exceptions: Mapping[str, str] = MappingProxyType({}),
+    exceptions: Mapping[str, Choice] = MappingProxyType({}),
 ) -> QuantPlan:
     """Decide for every site, and give every quantized one its scales.
 
     weights: by site name, of the site's shape. stats: by edge, of every quantized layer's input; where an output is
-    there too, its range is recorded. exceptions: layers to leave in float though the policy would not, with the reason;
-    --include overrules them. All quantized consumers of an edge share one grid.
+    there too, its range is recorded. exceptions: layers to leave in float though the policy would not, unless --include
+    says otherwise, or to give other bits. All quantized consumers of an edge share one grid.
 
     Raises: PlanError if a pattern of the policy matches no weight, an edge was not calibrated, a weight is missing, of
     another shape or not finite, or nothing at all would be quantized.
@@ -51,8 +51,12 @@ def make_plan(
     layers = []
     for site in sites:
         wanted, reason = decide(site, policy)
-        if wanted and site.name in exceptions and not _first_match(policy.include, site.name):
-            wanted, reason = False, exceptions[site.name]
+        weight_bits = policy.weight_bits
+        choice = exceptions.get(site.name) if wanted else None
+        if choice is not None and choice.weight_bits is not None:
+            weight_bits, reason = choice.weight_bits, f"{reason}; {choice.reason}"
+        elif choice is not None and not is_included(site, policy):
+            wanted, reason = False, choice.reason
         if wanted and site.input in stats and stats[site.input].amax == 0:
             wanted, reason = False, "its input was zero throughout calibration"
         if not wanted:
@@ -62,7 +66,8 @@ def make_plan(
             raise PlanError(f"{site.name}: its input {site.input!r} was not calibrated. Observe every planned edge.")
         if site.input not in grids:
             grids[site.input] = policy.act_grid(stats[site.input])
-        layers.append(_quantized_layer(site, reason, _checked_weight(site, weights), stats, grids[site.input], policy))
+        weight = _checked_weight(site, weights)
+        layers.append(_quantized_layer(site, reason, weight, weight_bits, stats, grids[site.input], policy))
     plan = QuantPlan(policy.format, tuple(layers))
     if not plan.quantized and policy.quant_level:
         reasons = "; ".join(sorted({layer.reason for layer in layers})) or "the graph has none"
@@ -118,6 +123,11 @@ def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
     return True, kind
 
 
+def is_included(site: LayerSite, policy: Policy) -> bool:
+    """The user asked for this layer by name: no measurement makes an exception of it."""
+    return _first_match(policy.include, site.name) is not None
+
+
 def _first_match(patterns: Sequence[str], name: str) -> str | None:
     """The first that is found in the name, or in that of the weight of which it is a half."""
     names = {name, *(name.removesuffix(half) for half in HALVES)}
@@ -140,15 +150,16 @@ def _quantized_layer(
     site: LayerSite,
     reason: str,
     weight: np.ndarray,
+    weight_bits: int,
     stats: Mapping[str, TensorStats],
     act_grid: Grid,
     policy: Policy,
 ) -> LayerPlan:
-    weight_grid = policy.weight_grid(weight, site.out_axis)
-    weight_zero = weight_grid.zero(policy.weight_bits)
+    weight_grid = policy.weight_grid(weight, site.out_axis, bits=weight_bits)
+    weight_zero = weight_grid.zero(weight_bits)
     return replace(
         _float_layer(site, reason),
-        weight_bits=policy.weight_bits,
+        weight_bits=weight_bits,
         weight_scale=tuple(map(float32_text, weight_grid.scale)),
         sqnr_db=finite_db(sqnr_db(weight, fake_quantize(weight, weight_grid))),
         weight_method=policy.weight_method,

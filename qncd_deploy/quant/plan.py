@@ -136,6 +136,14 @@ class LayerPlan:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a layer gets in place of the bits of the policy, None for float, and why; activations keep theirs."""
+
+    weight_bits: int | None
+    reason: str
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """Every weighted op of one exported network in graph order, quantized or not; layer names are unique.

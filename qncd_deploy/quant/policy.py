@@ -98,15 +98,16 @@ class Policy:
         """The activation method with its parameter: "percentile 99.99"."""
         return f"percentile {self.percentile:g}" if self.act_method == "percentile" else self.act_method
 
-    def weight_grid(self, weight: np.ndarray, axis: int) -> Grid:
-        """Per index of `axis`, the output channels."""
+    def weight_grid(self, weight: np.ndarray, axis: int, *, bits: int | None = None) -> Grid:
+        """Per index of `axis`, the output channels; bits only where they differ from the policy's."""
+        bits = bits or self.weight_bits
         return lp_grid(
             weight,
-            bits=self.weight_bits,
+            bits=bits,
             axis=axis,
             p=2.4 if self.weight_method == "lp2.4" else 2.0,
-            narrow=narrow_weights(self.weight_bits),
-            asymmetric=self.asymmetric != "off" and self.weight_bits < 8,
+            narrow=narrow_weights(bits),
+            asymmetric=self.asymmetric != "off" and bits < 8,
             shrinks=(1.0,) if self.weight_method == "minmax" else SHRINKS,
         )
 

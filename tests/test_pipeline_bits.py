@@ -1,0 +1,155 @@
+"""A budget of bits from the command line to the plan: what is handed out, said and recorded, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from cli_helpers import Finished, qncd
+
+pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("scipy")
+
+from export_helpers import feeds_for, saved, traced
+
+from qncd_deploy.bundle import read_manifest
+from qncd_deploy.calib.observe import observe
+from qncd_deploy.calib.trajectories import load_user_npz
+from qncd_deploy.cli.options import Size, bits_line
+from qncd_deploy.pipeline.bits import choose_bits
+from qncd_deploy.pipeline.calibrate import probing
+from qncd_deploy.pipeline.network import read_network
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.quantize import policy_of
+from qncd_deploy.quant.decide import decide
+from qncd_deploy.quant.plan import QuantPlan
+
+AVERAGE = 5.5
+
+
+@dataclass(frozen=True)
+class OwnGraph:
+    """A float graph of the user's own with its calibration data."""
+
+    graph: Path
+    calibration: Path
+
+    def export(self, home: Path, *more: object) -> Finished:
+        """Export it in four bits, plainly but for what `more` says."""
+        shelves = ("--calib-dir", home / "calib_data", "--onnx-dir", home / "export", "--calib-data", self.calibration)
+        plainly = ("--smooth", "off", "--recon", "off")
+        return qncd("export", self.graph, "--format", "w4a8", *plainly, *shelves, *more)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> OwnGraph:
+    _, specs, model = traced("additive")
+    folder = saved({"own.onnx": model}, tmp_path_factory.mktemp("own") / "graph")
+    np.savez(folder / "inputs.npz", **feeds_for(specs, 16))
+    return OwnGraph(folder / "own.onnx", folder / "inputs.npz")
+
+
+@pytest.fixture(scope="module")
+def mixed(own: OwnGraph, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A bundle of mixed bits and what the command said."""
+    home = tmp_path_factory.mktemp("mixed")
+    done = own.export(home, "--avg-bits", AVERAGE, "--include", "proj_in")
+    assert done.code == 0, done.err
+    return home / "export/own-w4a8", done.out
+
+
+def test_the_plan_holds_the_bits_that_were_bought_and_why(mixed: tuple[Path, str]) -> None:
+    bundle, _ = mixed
+    plan = QuantPlan.from_json(json.loads((bundle / "plan.json").read_text()))
+    bits = read_manifest(bundle).quality["bits"]
+    chosen = [layer for layer in plan if "of the output error" in layer.reason]
+    kinds = ["float" if layer.weight_bits is None else f"W{layer.weight_bits}" for layer in chosen]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == bits["layers"]
+    assert {"W4", "W8"} <= set(kinds)
+    held = sum(math.prod(layer.shape) * (layer.weight_bits or 16) for layer in chosen)
+    assert bits["average"] == pytest.approx(held / sum(math.prod(layer.shape) for layer in chosen))
+    assert AVERAGE - 0.5 < bits["average"] <= AVERAGE
+    assert bits["budget"] == f"--avg-bits {AVERAGE:g}" and bits["measured"]
+    assert bits["predicted_noise"] < bits["predicted_noise_uniform"]["W4"]
+    assert plan.format == "w4a8" and {layer.act_bits for layer in plan.quantized} == {8}
+    included = [layer for layer in plan if "proj_in" in layer.name]
+    assert included and all(layer.quantized and layer.reason.startswith("--include") for layer in included)
+    for layer in plan.quantized:
+        assert ("would make" in layer.reason) == (layer.weight_bits == 8)
+
+
+def test_the_budget_is_shown(mixed: tuple[Path, str]) -> None:
+    bundle, said = mixed
+    (line,) = (line for line in said.splitlines() if line.startswith("bits"))
+    average = read_manifest(bundle).quality["bits"]["average"]
+    for words in (f"{average:.2f} a weight on average", "--avg-bits 5.5", "W4", "W8", "predicted error of the output"):
+        assert words in line
+    assert line.removeprefix("bits").strip() in qncd("inspect", bundle).out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--avg-bits", "3.9"], 2, "--avg-bits 3.9: expected 4 to 16"),
+        (["--avg-bits", "17"], 2, "--avg-bits 17: expected 4 to 16"),
+        (["--avg-bits", "nan"], 2, "--avg-bits nan: expected 4 to 16"),
+        (["--avg-bits", "5", "--max-size", "1MB"], 2, "two budgets for the same weights"),
+        (["--avg-bits", "5", "--format", "w8a8"], 2, "which --format w8a8 does not. Choose one of w4a8"),
+        (["--max-size", "1MB", "--format", "fp16"], 2, "which --format fp16 does not"),
+        (["--max-size", "0"], 2, "expected 1 byte or more"),
+        (["--max-size", "1kB"], 1, "Give at least that"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    own: OwnGraph, tmp_path: Path, args: list[str], code: int, words: str
+) -> None:
+    done = own.export(tmp_path, *args)
+    assert done.code == code and words in done.line
+    assert not (tmp_path / "calib_data").exists()
+    dry = own.export(tmp_path, *args, "--dry-run")
+    assert (dry.code, dry.line) == (done.code, done.line)
+
+
+def test_the_least_size_that_is_named_can_be_met(own: OwnGraph, tmp_path: Path) -> None:
+    refused = own.export(tmp_path, "--max-size", "1kB", "--dry-run").line
+    needed = refused.partition(" take ")[2].split()[0]
+    assert own.export(tmp_path, "--max-size", needed, "--dry-run").code == 0
+    assert own.export(tmp_path, "--max-size", int(needed) - 1, "--dry-run").code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12MB", 12_000_000), ("1.5 kB", 1500), ("2KiB", 2048), ("3m", 3_000_000), ("1GiB", 2**30), ("700", 700)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["small", "12 parsecs", "-3MB", "1e6", ""])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a size like 12MB"):
+        Size().convert(text, None, None)
+
+
+def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_says_so(
+    own: OwnGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration, max_size=500_000)
+    network, policy = read_network(options), policy_of(options)
+    calib = load_user_npz(own.calibration, network.facts.inputs)
+    edges = [site.input for site in network.sites if decide(site, policy)[0]]
+    with probing(network.model, edges, tmp_path) as probe:
+        stats = observe(probe, calib.batches(8), edges)
+    monkeypatch.setattr("qncd_deploy.pipeline.sensitivity.MEMORY_BYTES", 1)
+    with caplog.at_level("INFO"):
+        found = choose_bits(network.model, network, calib, stats, options, policy, tmp_path).to_json()
+    assert not found["measured"] and found["packed_bytes"] <= 500_000 and found["layers"]["W8"] > 0
+    assert "too large for a backward pass" in bits_line(found)
+    assert "--max-size 500000 is spent by weight error times arithmetic" in caplog.text
