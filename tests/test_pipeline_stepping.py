@@ -33,7 +33,7 @@ FIT = 3
 ENGINE = "onnxruntime"
 """The one that opens quickest."""
 QUICK = ("--n-steps", "6", "--calib-size", "4", "--calib-steps", "3", "--fit-size", FIT, "--eval-size", "2")
-PLAIN = ("--smooth", "off", "--keep-float", "0", "--correction", "off")
+PLAIN = ("--smooth", "off", "--keep-float", "0", "--correction", "off", "--recon", "off", "--split", "off")
 
 
 @pytest.fixture(scope="module")
