@@ -187,8 +187,9 @@ def save_int4(path: Path, *, block: int | None, quantized_input: bool = False) -
 def test_four_bit_weights_of_linear_layers_stay_packed(library: Library, tmp_path: Path, block: int) -> None:
     save_int4(tmp_path / "net.onnx", block=block)
     int4 = build(library, tmp_path / "net.onnx", BuildOptions(({"x": (2, 16, 256)},), TARGETS))
-    assert int4.demands.products == (Product("product", "w", "yh", "f16", "i4"),)
+    assert int4.demands.products == (Product("product", "w", "yh", "f16", "i4", "weight"),)
     assert int4.table.planned == 1 and int4.table.missed == () and int4.table.integer_kernels == 0
+    assert int4.table.line() == "1 of 1 planned layers are stored as planned, the products of 1 take packed weights"
 
 
 def test_four_bit_weights_that_are_unpacked_first_are_told(library: Library, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_four_bit_weights_that_are_unpacked_first_are_told(library: Library, tmp
     save_int4(tmp_path / "net.onnx", block=256)
     table = build(library, tmp_path / "net.onnx", BuildOptions(({"x": (2, 16, 256)},), TARGETS)).table
     assert table.planned == 1 and table.missed == ("w (f16 x f16)",)
-    assert table.line() == "0 of 1 planned layers run quantized"
+    assert table.line() == "0 of 1 planned layers are stored as planned, the products of 0 take packed weights"
 
 
 @pytest.mark.parametrize(

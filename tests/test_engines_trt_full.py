@@ -78,7 +78,7 @@ def test_what_a_version_does_not_have_is_refused() -> None:
 
 def test_the_inspector_tells_the_kernels() -> None:
     engine = built(FakeTensorRT("10.3.0"))
-    assert engine.demands.products == (Product("conv", "w", "y", "i8", "i8"),)
+    assert engine.demands.products == (Product("conv", "w", "y", "i8", "i8", "w_dq"),)
     (kernel,) = engine.table.kernels
     assert kernel == Kernel("Convolution", "i8", CONVOLUTION["TacticName"], 1)
     assert engine.table.missed == () and engine.table.line() == "1 of 1 planned layers run quantized"

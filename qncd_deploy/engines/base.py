@@ -128,8 +128,8 @@ class Kernel:
 
     @property
     def integer(self) -> bool:
-        """Whether it computes on 8-bit integers."""
-        return self.precision in ("i8", "u8")
+        """Whether it computes on 8-bit integers; what only moves or widens them does not."""
+        return self.precision in ("i8", "u8") and self.op not in ("Convert", "Transpose")
 
 
 @dataclass(frozen=True)

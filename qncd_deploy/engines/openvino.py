@@ -82,6 +82,9 @@ class OpenVINOEngine(BaseEngine):
             kind, precision, implementation = (
                 info[key].astype(str) for key in ("layerType", "runtimePrecision", "primitiveType")
             )
+            if kind == "FullyConnected" and not implementation.endswith(precision):
+                # compressed weights: their type is told as its precision, what it computes in only by its name
+                implementation, precision = f"{implementation}, {precision} weights", implementation.rpartition("_")[2]
             if kind not in ("Const", "Constant", "Input", "Output", "Parameter", "Result"):
                 found[kind, precision, implementation] += 1
         return tuple(Kernel(*key, count=count) for key, count in sorted(found.items()))

@@ -69,6 +69,8 @@ def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors reach us as exceptions; warnings are about its own rewriting
     options.use_deterministic_compute = True
+    # 4-bit weights meet activations in float32; by default they would be rounded to 8 bits, which no plan knows of.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 

@@ -33,6 +33,7 @@ _DTYPES: Mapping[int, torch.dtype] = {
     _T.BFLOAT16: torch.bfloat16,
     _T.DOUBLE: torch.float64,
     _T.INT8: torch.int8,
+    _T.INT4: torch.int8,  # unpacked: torch computes on nothing smaller
     _T.UINT8: torch.uint8,
     _T.INT16: torch.int16,
     _T.INT32: torch.int32,
@@ -54,20 +55,26 @@ def quantize_linear(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, axi
     return torch.clamp(q, limits.min, limits.max).to(dtype)
 
 
-def dequantize_linear(q: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1) -> Tensor:
+def dequantize_linear(
+    q: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1, block_size: int = 0
+) -> Tensor:
     """x = (q - zero) * scale, in the scale's dtype; the difference is taken in integers."""
     wide = q.to(torch.int32)
     if zero is not None:
-        wide = wide - _along(zero, q, axis).to(torch.int32)
-    return wide.to(scale.dtype) * _along(scale, q, axis)
+        wide = wide - _along(zero, q, axis, block_size).to(torch.int32)
+    return wide.to(scale.dtype) * _along(scale, q, axis, block_size)
 
 
-def _along(parameter: Tensor, x: Tensor, axis: int) -> Tensor:
-    """A scale or zero point in a shape that broadcasts over x: a scalar, or (C,) laid along `axis`."""
+def _along(parameter: Tensor, x: Tensor, axis: int, block_size: int = 0) -> Tensor:
+    """A scale or zero point in a shape that broadcasts over x: a scalar, (C,) laid along `axis`, or one of every block
+    of block_size elements along it.
+    """
+    if block_size:
+        spread = parameter.repeat_interleave(block_size, dim=axis)
+        return spread.narrow(axis, 0, x.shape[axis])  # the last block may be cut short
     if parameter.numel() == 1:
         return parameter.reshape(())
-    if parameter.dim() != 1:
-        raise ValueError("blocks of scales are not supported")
+    only(parameter.dim() == 1, "a scale of several axes without blocks")
     shape = [1] * x.dim()
     shape[axis] = -1
     return parameter.reshape(shape)

@@ -40,6 +40,9 @@ class TorchEngine(BaseEngine):
         graph = model.graph
         if unknown := sorted({n.op_type for n in graph.node if n.domain or n.op_type not in OPERATORS}):
             raise BuildFailed(f"{path}: the torch engine has no operator {', '.join(unknown)}.")
+        nibbles = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT4}
+        if any(n.op_type == "QuantizeLinear" and nibbles & {*n.input} for n in graph.node):
+            raise BuildFailed(f"{path}: the torch engine reads 4-bit tensors, it makes none.")
         try:
             self._weights = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
             self._nodes = [(node, _attributes(node)) for node in graph.node]

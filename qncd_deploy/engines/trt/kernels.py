@@ -26,7 +26,8 @@ PRODUCTS = ("Convolution", "MatMul")
 @dataclass(frozen=True)
 class Product:
     """A convolution or matrix product of a network. node: its ONNX name;  layer: its weight's name, else its own;
-    output: its result's name;  data, weight: types its operands are stored in, such as "i8" behind a DequantizeLinear.
+    output: its result's name;  data, weight: types its operands are stored in, such as "i8" behind a DequantizeLinear;
+    unpack: that of the weight, by its ONNX name, if there is one.
     """
 
     node: str
@@ -34,11 +35,17 @@ class Product:
     output: str
     data: str
     weight: str
+    unpack: str = ""
 
     @property
     def planned(self) -> bool:
         """Whether its weights are quantized."""
         return self.weight in QUANTIZED
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether they alone are: it multiplies floats."""
+        return self.planned and self.data not in QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,9 @@ class KernelTable:
     """What runs, and how far it is what was asked for.
 
     planned: products with quantized weights;  missed: those that no kernel takes as they are stored, each with what it
-    runs in;  float_products: kernels that multiply float32;  attentions, fused: softmaxes, and how many of them lie in
-    one kernel with their products.
+    runs in;  weight_only: how many of the planned multiply floats;  packed: in how many of these the kernel that
+    multiplies takes the weights as they are stored;  float_products: kernels that multiply float32;  attentions, fused:
+    softmaxes, and how many of them lie in one kernel with their products.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -107,6 +115,8 @@ class KernelTable:
     float_products: tuple[str, ...] = ()
     attentions: int = 0
     fused: int = 0
+    weight_only: int = 0
+    packed: int = 0
 
     @property
     def integer_kernels(self) -> int:
@@ -115,9 +125,10 @@ class KernelTable:
 
     def line(self) -> str:
         """The table in one line."""
-        parts = [f"{self.planned - len(self.missed)} of {self.planned} planned layers run quantized"] * (
-            self.planned > 0
-        )
+        done = f"{self.planned - len(self.missed)} of {self.planned} planned layers"
+        parts = [f"{done} run quantized"] * (self.planned > self.weight_only)
+        if self.weight_only:
+            parts = [f"{done} are stored as planned, the products of {self.packed} take packed weights"]
         if self.attentions:
             parts.append(f"{self.fused} of {self.attentions} attentions in one kernel")
         if self.float_products:
@@ -158,7 +169,8 @@ def demands_of(library: Library, network: Any) -> Demands:
             weight, place = stored(layer.get_input(1)) if layer.num_inputs > 1 else (data, layer.name)
             # The exporter names a weight's DequantizeLinear after the weight.
             name = place.removesuffix("_dq") if weight in QUANTIZED else layer.name
-            products.append(Product(layer.name, name, layer.get_output(0).name, data, weight))
+            unpack = producer[place].name if weight in QUANTIZED and place in producer else ""
+            products.append(Product(layer.name, name, layer.get_output(0).name, data, weight, unpack))
         elif layer.type == kinds.SOFTMAX:
             attentions.append(layer.name)
     return Demands(tuple(products), tuple(attentions))
@@ -207,6 +219,7 @@ def kernel_table(demands: Demands, layers: Sequence[Layer]) -> KernelTable:
     working = [layer for layer in layers if layer.kind not in _IDLE]
     counts = Counter((layer.op, layer.precision, _implementation(layer)) for layer in working)
     products = {product.node for product in demands.products}
+    weight_only = [product for product in demands.products if product.weight_only]
     return KernelTable(
         kernels=tuple(Kernel(*key, count=count) for key, count in sorted(counts.items())),
         planned=sum(product.planned for product in demands.products),
@@ -218,6 +231,11 @@ def kernel_table(demands: Demands, layers: Sequence[Layer]) -> KernelTable:
         fused=sum(
             any(softmax in layer.nodes and layer.nodes & products for layer in working)
             for softmax in demands.attentions
+        ),
+        weight_only=len(weight_only),
+        packed=sum(
+            any(layer.multiplies and {product.node, product.unpack} <= layer.nodes for layer in working)
+            for product in weight_only
         ),
     )
 
@@ -233,6 +251,12 @@ def _missed(demands: Demands, layers: Sequence[Layer]) -> Iterator[str]:
                 by_node.setdefault(node, []).append(layer)
     for product in demands.products:
         found = [layer.operands for layer in by_node.get(product.node, ())]
+        if (
+            product.weight_only
+            and product.weight == "i8"
+            and any(product.unpack in layer.nodes and "i8" in layer.weights for layer in layers)
+        ):
+            continue  # TensorRT has no kernel that multiplies them packed: one of its own unpacks them in every run
         if product.planned and (not found or any(types != (product.data, product.weight) for types in found)):
             runs = " and ".join(sorted({" x ".join(types) for types in found})) or "nothing that multiplies"
             yield f"{product.layer} ({runs})"
