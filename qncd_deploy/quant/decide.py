@@ -16,6 +16,7 @@ from qncd_deploy.quant.grid import Grid, fake_quantize
 from qncd_deploy.quant.plan import HALVES, Choice, LayerPlan, LayerSite, QuantPlan, finite_db, float32_text
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db
+from qncd_deploy.quant.weight_only import block_for, weight_only_grid
 
 FLOAT_NAMES = re.compile(
     r"time_emb_proj|time_embedding|conv_in|conv_out|add_embedding|pos_embed|time_text_embed|context_embedder|norm_out"
@@ -40,8 +41,9 @@ def make_plan(
     """Decide for every site, and give every quantized one its scales.
 
     weights: by site name, of the site's shape. stats: by edge, of every quantized layer's input; where an output is
-    there too, its range is recorded. exceptions: layers to leave in float though the policy would not, unless --include
-    says otherwise, or to give other bits. All quantized consumers of an edge share one grid.
+    there too, its range is recorded; nothing if the policy quantizes weights only. exceptions: layers to leave in float
+    though the policy would not, unless --include says otherwise, or to give other bits. All quantized consumers of an
+    edge share one grid.
 
     Raises: PlanError if a pattern of the policy matches no weight, an edge was not calibrated, a weight is missing, of
     another shape or not finite, or nothing at all would be quantized.
@@ -61,6 +63,9 @@ def make_plan(
             wanted, reason = False, "its input was zero throughout calibration"
         if not wanted:
             layers.append(_float_layer(site, reason))
+            continue
+        if policy.weights_only:
+            layers.append(_weight_only_layer(site, reason, _checked_weight(site, weights), policy))
             continue
         if site.input not in stats:
             raise PlanError(f"{site.name}: its input {site.input!r} was not calibrated. Observe every planned edge.")
@@ -103,6 +108,13 @@ def check_patterns(sites: Sequence[LayerSite], policy: Policy) -> None:
 
 def decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
     """Whether a layer is quantized, and the rule that said so; needs no weights and no statistics."""
+    wanted, reason = _decide(site, policy)
+    if wanted and policy.weights_only and (exception := block_for(site, policy.block_size)[1]):
+        return True, f"{reason}; {exception}"
+    return wanted, reason
+
+
+def _decide(site: LayerSite, policy: Policy) -> tuple[bool, str]:
     if policy.quant_level == 0:
         return False, f"format {policy.format}"
     if pattern := _first_match(policy.exclude, site.name):
@@ -178,6 +190,18 @@ def _input_fields(stats: TensorStats, grid: Grid, policy: Policy) -> dict[str, A
         "act_sqnr_db": finite_db(stats_sqnr_db(stats, grid)),
         "act_method": policy.act_method_text,
     }
+
+
+def _weight_only_layer(site: LayerSite, reason: str, weight: np.ndarray, policy: Policy) -> LayerPlan:
+    grid, bits = weight_only_grid(site, weight, policy)
+    return replace(
+        _float_layer(site, reason),
+        weight_bits=bits,
+        weight_scale=tuple(map(float32_text, grid.scale.ravel())),
+        sqnr_db=finite_db(sqnr_db(weight, fake_quantize(weight, grid))),
+        weight_method=policy.weight_method,
+        block_size=grid.block,
+    )
 
 
 def _checked_weight(site: LayerSite, weights: Mapping[str, np.ndarray]) -> np.ndarray:

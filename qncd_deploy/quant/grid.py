@@ -16,17 +16,22 @@ import numpy as np
 @dataclass(frozen=True, eq=False)
 class Grid:
     """scale: float32 > 0 in the unit of x, () for a whole tensor or (C,) along `axis`. qmin <= 0 <= qmax, not both 0:
-    one int each, or (C,) along `axis`. They fit into int8 but for asymmetric grids of 8 bits.
+    one int each, or (C,) along `axis`. They fit into int8 but for asymmetric grids of 8 bits. With `block`, scale has
+    the rank of x and one entry for every `block` elements along `axis`.
     """
 
     scale: np.ndarray
     qmin: int | np.ndarray
     qmax: int | np.ndarray
     axis: int | None = None
+    block: int | None = None
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
-        assert scale.ndim == (0 if self.axis is None else 1), "a per-channel scale needs its axis, and no other does"
+        if self.block is None:
+            assert scale.ndim == (self.axis is not None), "a per-channel scale needs its axis, and no other does"
+        else:
+            assert self.block > 0 and self.axis in range(scale.ndim), "blocks lie along an axis of the scale"
         assert np.isfinite(scale).all() and (scale > 0).all(), "scales are finite and positive"
         qmin, qmax = np.asarray(self.qmin), np.asarray(self.qmax)
         assert {qmin.shape, qmax.shape} <= {(), scale.shape}, "limits are one number, or one per scale"
@@ -44,6 +49,8 @@ class Grid:
     def _along(self, values: np.ndarray, ndim: int) -> np.ndarray:
         if values.ndim == 0:
             return values
+        if self.block is not None:
+            return np.repeat(values, self.block, self.axis)
         return values.reshape([-1 if i == self.axis % ndim else 1 for i in range(ndim)])
 
     @property

@@ -68,15 +68,17 @@ class LayerSite:
 class LayerPlan:
     """One entry of plan.json. A float layer has None in every field from weight_bits to output_amax except the reason.
 
-    weight_scale: one float32 per output channel. act_scale: one float32 for the edge `input`, the same for all
-    quantized consumers of that edge; so is act_zero. Fewer than 8 bits are fewer levels of an int8 tensor:
+    weight_scale: one float32 per output channel; with block_size one for every block_size inputs of every output
+    channel: the array of the weight's shape, its axis of inputs divided by block_size, in C order. act_scale: one
+    float32 for the edge `input`, the same for all quantized consumers of that edge; so is act_zero. act_bits, act_scale
+    and act_zero are None where the weight alone is quantized. Fewer than 8 bits are fewer levels of an int8 tensor:
         k = clip(round(x / scale) + zero, -2**(b-1), 2**(b-1)-1),    stored: k - zero, with ONNX zero point 0.
-    weight_zero: one integer per output channel, None where all are 0. Weights of 8 bits have zero 0 and use -127..127.
-    An activation of 8 bits with another zero than 0 does not fit: k itself is stored, with that zero point (see
-    weight_grid, act_grid). output_amax: calibrated range of |output|, for runtimes that want the output quantized as
-    well, None where it was not observed. sqnr_db = 10 log10(sum w^2 / sum (w - Q(w))^2), measured on the weight the
-    plan was made for; act_sqnr_db is the same of the input, estimated from its calibration histogram. None where there
-    is no error at all.
+    weight_zero: one integer per output channel, None where all are 0. Weights of 8 bits have zero 0 and use -127..127;
+    blocks have zero 0, and are packed, two 4-bit integers to a byte. An activation of 8 bits with another zero than 0
+    does not fit: k itself is stored, with that zero point (see weight_grid, act_grid). output_amax: calibrated range of
+    |output|, for runtimes that want the output quantized as well, None where it was not observed. sqnr_db = 10
+    log10(sum w^2 / sum (w - Q(w))^2), measured on the weight the plan was made for; act_sqnr_db is the same of the
+    input, estimated from its calibration histogram. None where there is no error at all.
     """
 
     name: str
@@ -97,6 +99,7 @@ class LayerPlan:
     act_method: str | None = None
     output_amax: float | None = None
     weight_zero: tuple[int, ...] | None = None
+    block_size: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -104,11 +107,16 @@ class LayerPlan:
 
     @property
     def weight_grid(self) -> Grid:
-        """The grid of a quantized layer's weight, per output channel."""
+        """The grid of a quantized layer's weight, per output channel or in blocks along its inputs."""
         assert self.weight_bits is not None and self.weight_scale is not None, f"{self.name} stays float"
         zero = 0 if self.weight_zero is None else np.asarray(self.weight_zero)
         qmin, qmax = limits(self.weight_bits, narrow=narrow_weights(self.weight_bits), zero=zero)
-        return Grid(np.asarray(self.weight_scale, np.float32), qmin, qmax, self.out_axis)
+        scale = np.asarray(self.weight_scale, np.float32)
+        if self.block_size is None:
+            return Grid(scale, qmin, qmax, self.out_axis)
+        axis = 1 - self.out_axis
+        shape = [size // self.block_size if i == axis else size for i, size in enumerate(self.shape)]
+        return Grid(scale.reshape(shape), qmin, qmax, axis, self.block_size)
 
     @property
     def act_grid(self) -> Grid:
@@ -117,7 +125,7 @@ class LayerPlan:
         return Grid(np.asarray(self.act_scale, np.float32), *limits(self.act_bits, zero=self.act_zero or 0))
 
     def to_json(self) -> dict[str, Any]:
-        optional = {"weight_zero"}
+        optional = {"weight_zero", "block_size"}
         return {key: value for key, value in asdict(self).items() if value is not None or key not in optional}
 
     @classmethod
@@ -187,8 +195,14 @@ class QuantPlan:
         """Quantized consumers of every edge that gets a Q/DQ pair, in graph order; all share one grid."""
         found: dict[str, list[LayerPlan]] = {}
         for layer in self.quantized:
-            found.setdefault(layer.input, []).append(layer)
+            if layer.act_bits is not None:
+                found.setdefault(layer.input, []).append(layer)
         return {edge: tuple(layers) for edge, layers in found.items()}
+
+    @property
+    def blocked(self) -> bool:
+        """Some weight is stored in 4-bit blocks, which ONNX has from opset 21 on."""
+        return any(layer.block_size is not None for layer in self.layers)
 
     @cached_property
     def _by_name(self) -> dict[str, LayerPlan]:

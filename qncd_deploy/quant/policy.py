@@ -33,6 +33,12 @@ CLEARLY = 0.8
 """An 8-bit activation takes an asymmetric grid, which costs TensorRT an op, where its error falls below this share of
 the symmetric one's: by 1 dB. (Ours.)"""
 
+BLOCK_SIZES = (32, 64, 128)
+BLOCK_SIZE = 64
+"""Weights that share a scale unless another size is asked for: 4.5 bits a weight with scales in float32."""
+
+_FLOAT_BITS = 16
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -44,11 +50,12 @@ class Policy:
     else the defaults decide. weight_method: "minmax", "mse" (p = 2) or "lp2.4" (Q-Diffusion's search). act_method:
     "minmax", "percentile" or "mse". asymmetric: "auto" takes an asymmetric grid below 8 bits, for an output channel of
     a weight or for an activation, where its error is lower (it costs nothing there); "all" does so for activations of 8
-    bits too, where the error falls clearly; "off" never does.
+    bits too, where the error falls clearly; "off" never does. act_bits None: activations stay float, and weight_bits
+    are those of matrix products in blocks of block_size inputs (see quant.weight_only).
     """
 
     weight_bits: int = 8
-    act_bits: int = 8
+    act_bits: int | None = 8
     quant_level: float = 3
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -56,16 +63,18 @@ class Policy:
     act_method: str = "mse"
     percentile: float = 99.99
     asymmetric: str = "auto"
+    block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
         for what, bits in (("weights", self.weight_bits), ("activations", self.act_bits)):
-            if bits not in range(4, 9):
+            if bits is not None and bits not in range(4, 9):
                 raise PlanError(f"format: {what} of {bits} bits, expected 4 to 8. Choose another --format.")
         for what, value, known in (
             ("quant level", self.quant_level, QUANT_LEVELS),
             ("weight method", self.weight_method, WEIGHT_METHODS),
             ("calibration method", self.act_method, ACT_METHODS),
             ("asymmetric", self.asymmetric, ASYMMETRIC),
+            ("block size", self.block_size, BLOCK_SIZES),
         ):
             if value not in known:
                 raise PlanError(f"{what}: {value!r}, expected one of {', '.join(map(str, known))}.")
@@ -81,17 +90,22 @@ class Policy:
 
     @classmethod
     def for_format(cls, format: str, **options: Any) -> Policy:
-        """Policy of "fp16", "w8a8", "w4a6" and the like; options are the other fields."""
+        """Policy of "fp16", "w8a8", "w4a6", "w4a16" and the like; options are the other fields."""
         if format == FLOAT_FORMAT:
             return cls(**{**options, "quant_level": 0})
         bits = re.fullmatch(r"w(\d+)a(\d+)", format)
         if bits is None:
             raise PlanError(f"format {format!r}: expected wNaM, weight and activation bits, like w8a8.")
-        return cls(weight_bits=int(bits[1]), act_bits=int(bits[2]), **options)
+        act_bits = int(bits[2])
+        return cls(weight_bits=int(bits[1]), act_bits=None if act_bits == _FLOAT_BITS else act_bits, **options)
 
     @property
     def format(self) -> str:
-        return FLOAT_FORMAT if self.quant_level == 0 else f"w{self.weight_bits}a{self.act_bits}"
+        return FLOAT_FORMAT if self.quant_level == 0 else f"w{self.weight_bits}a{self.act_bits or _FLOAT_BITS}"
+
+    @property
+    def weights_only(self) -> bool:
+        return self.act_bits is None
 
     @property
     def act_method_text(self) -> str:
