@@ -14,11 +14,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from qncd_deploy.errors import ExportError
-from qncd_deploy.export.passes.common import constant, quantized_ops
+from qncd_deploy.export.passes.common import constant, quantized_ops, stored_weight
 from qncd_deploy.export.passes.half import LARGEST, SMALLEST_NORMAL
-from qncd_deploy.export.passes.insert_qdq import quantized_edges
+from qncd_deploy.export.passes.insert_qdq import BLOCKED_OPSET, quantized_edges
 from qncd_deploy.export.passes.normalise import NEWEST_OPSET, OPSET
-from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.quant.plan import LayerPlan, QuantPlan
 
 Rule: TypeAlias = Callable[[ir.Model, QuantPlan], Iterator[str]]
 
@@ -45,9 +45,11 @@ def checker_accepts(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
 
 
 def opset_is_readable_everywhere(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
+    """INT4 weights need a newer one than TensorRT 10.3 is known to read, and no more than that."""
+    oldest, newest = (BLOCKED_OPSET, BLOCKED_OPSET) if plan.blocked else (OPSET, NEWEST_OPSET)
     for domain, version in model.opset_imports.items():
-        if domain != "" or not OPSET <= version <= NEWEST_OPSET:
-            yield f"opset {domain or 'ai.onnx'} {version}: expected ai.onnx {OPSET} to {NEWEST_OPSET}."
+        if domain != "" or not oldest <= version <= newest:
+            yield f"opset {domain or 'ai.onnx'} {version}: expected ai.onnx {oldest} to {newest}."
 
 
 def names_are_unique(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
@@ -93,14 +95,14 @@ def integers_are_levels(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     """Fewer than 8 bits are a promise about values, which int8 does not keep by itself."""
     for node in quantized_ops(model.graph):
         if (name := _weight_name(node)) in plan and (layer := plan[name]).quantized:
-            integers = constant(node.inputs[1].producer().inputs[0])
+            integers = constant(stored_weight(node.inputs[1])).astype(np.int8)
             low, high = layer.weight_grid.limits_like(integers.ndim)
             if count := int(((integers < low) | (integers > high)).sum()):
                 yield f"{name}: {count} of {integers.size} integers are not levels of its {layer.weight_bits} bits."
 
 
 def _weight_name(node: ir.Node) -> str:
-    return node.inputs[1].producer().inputs[0].name.removesuffix("_q")
+    return stored_weight(node.inputs[1]).name.removesuffix("_q")
 
 
 def only_inputs_are_quantized(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
@@ -116,7 +118,9 @@ def tensorrt_can_import(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         zero = node.inputs[2] if len(node.inputs) > 2 else None
-        if zero is None or not zero.is_initializer():
+        if zero is None and node.inputs[0].dtype == ir.DataType.INT4:
+            pass  # it says what type is meant, and 0 is the default
+        elif zero is None or not zero.is_initializer():
             yield f"{node.name}: zero point missing or not constant."
         elif zero.dtype != ir.DataType.INT8:
             yield f"{node.name}: zero point is {zero.dtype.name}."
@@ -127,10 +131,29 @@ def tensorrt_can_import(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     for node in quantized_ops(model.graph):
         weight = node.inputs[1].producer()
         axis = weight.attributes["axis"].as_int() if "axis" in weight.attributes else None
-        if axis is not None and axis != plan[_weight_name(node)].out_axis:
+        if weight.inputs[0].dtype == ir.DataType.INT4 and "block_size" not in weight.attributes:
+            yield f"{weight.name}: 4 bits without blocks, which no kernel multiplies packed."
+        elif "block_size" in weight.attributes:
+            yield from _block_faults(node, weight, axis, plan[_weight_name(node)])
+        elif axis is not None and axis != plan[_weight_name(node)].out_axis:
             yield f"{weight.name}: scale along axis {axis}, not the output channels; the layer would run in float."
 
 
+def _block_faults(node: ir.Node, weight: ir.Node, axis: int | None, layer: LayerPlan) -> Iterator[str]:
+    """TensorRT takes blocks of a matrix along the axis that is summed over, with an input in float."""
+    block = weight.attributes["block_size"].as_int()
+    source = node.inputs[0].producer()
+    if len(layer.shape) != 2:
+        yield f"{weight.name}: blocks of a {len(layer.shape)}-D weight, TensorRT takes them in two dimensions only."
+    elif axis != 1 - layer.out_axis:
+        yield f"{weight.name}: blocks along axis {axis}, not the inputs; the layer would run in float."
+    if block not in _TENSORRT_BLOCKS:
+        yield f"{weight.name}: blocks of {block}, expected {', '.join(map(str, _TENSORRT_BLOCKS))}."
+    if source is not None and source.op_type == "DequantizeLinear":
+        yield f"{node.name}: INT4 weights and a quantized input; TensorRT would dequantize and quantize again."
+
+
+_TENSORRT_BLOCKS = (16, 32, 64, 128)
 _REFUSED_BY_TENSORRT = frozenset(
     {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits", "CastLike"}
 )
@@ -193,7 +216,8 @@ def activations_are_unsigned(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
 def convolutions_can_fuse(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     for node in quantized_ops(model.graph):
         users = [user.op_type for user in node.outputs[0].consumers()]
-        if node.op_type == "Conv" and users != ["QuantizeLinear"]:
+        rounded = plan[_weight_name(node)].act_bits is not None
+        if node.op_type == "Conv" and rounded and users != ["QuantizeLinear"]:
             yield f"{node.name}: read by {', '.join(users)}, not by one Q; ONNX Runtime would run it in float."
 
 

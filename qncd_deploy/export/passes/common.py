@@ -76,14 +76,21 @@ def out_axis(node: ir.Node) -> int:
 
 def quantized_ops(graph: ir.Graph) -> list[ir.Node]:
     """Every Conv, Gemm and MatMul whose weight is stored as integers, in graph order."""
-    return [
-        node
-        for node in graph
-        if node.op_type in ("Conv", "Gemm", "MatMul")
-        and (source := node.inputs[1].producer()) is not None
-        and source.op_type == "DequantizeLinear"
-        and source.inputs[0].is_initializer()
-    ]
+    products = [node for node in graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return [node for node in products if stored_weight(node.inputs[1]) is not None]
+
+
+def stored_weight(value: ir.Value) -> ir.Value | None:
+    """The integer initializer that a weight is computed from: by DequantizeLinear, or by Cast and Mul. None for any
+    other tensor.
+    """
+    node = value.producer()
+    if node is not None and node.op_type == "Mul" and node.inputs[0].producer() is not None:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type not in ("DequantizeLinear", "Cast"):
+        return None
+    source = node.inputs[0]
+    return source if source.is_initializer() and source.dtype.is_integer() else None
 
 
 def insert_before(node: ir.Node, op: str, inputs: list[ir.Value], name: str, **attributes: object) -> ir.Value:

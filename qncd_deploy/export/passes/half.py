@@ -50,7 +50,8 @@ class LiftScales(ir.passes.InPlacePass):
             weight, activation = node.inputs[1].producer(), node.inputs[0].producer()
             k = _weight_powers(weight)
             if k.any():
-                scale = np.ldexp(constant(weight.inputs[1]), k).astype(np.float32)
+                powers = np.expand_dims(k, _axis(weight)) if "block_size" in weight.attributes else k
+                scale = np.ldexp(constant(weight.inputs[1]), powers).astype(np.float32)
                 weight.inputs[1].const_value = ir.tensor(scale, name=weight.inputs[1].name)
             if activation is not None and activation.inputs[0].producer() in lifted_edges:
                 k = k + lifted_edges[activation.inputs[0].producer()]
@@ -80,14 +81,21 @@ _MOST = 14  # 2**-14, the factor that takes it back, is normal itself
 
 def _weight_powers(weight: ir.Node) -> np.ndarray:
     """Per output channel; a channel of zeros takes any scale, so it is given one that fits."""
-    axis = weight.attributes["axis"].as_int() if "axis" in weight.attributes else None
-    integers, scale = constant(weight.inputs[0]), weight.inputs[1]
+    axis, scale = _axis(weight), weight.inputs[1]
+    if "block_size" in weight.attributes:  # a product (in, out) or (out, in): one power for all blocks of an output
+        return _powers(scale, scale.name).max(axis=axis)
+    integers = constant(weight.inputs[0])
     if axis is not None:
         silent = ~integers.any(axis=tuple(i for i in range(integers.ndim) if i != axis % integers.ndim))
         if (silent & (constant(scale) < SMALLEST_NORMAL)).any():
             fitting = np.where(silent, np.float32(SMALLEST_NORMAL), constant(scale))
             scale.const_value = ir.tensor(fitting, name=scale.name)
     return _powers(scale, scale.name)
+
+
+def _axis(weight: ir.Node) -> int | None:
+    """Of a DequantizeLinear's scale; of its blocks, where it has them."""
+    return weight.attributes["axis"].as_int() if "axis" in weight.attributes else None
 
 
 def _lift_activation(node: ir.Node, k: int) -> None:

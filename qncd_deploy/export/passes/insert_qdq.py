@@ -1,7 +1,10 @@
-"""Insert Q/DQ from a plan: int8, zero point 0, on the inputs of weighted ops and nowhere else.
+"""Insert Q/DQ from a plan: integers, zero point 0, on the inputs of weighted ops and nowhere else.
 
     x --[Clip]--QuantizeLinear(s_x, 0)--> int8 --DequantizeLinear(s_x, 0)--> Conv/Gemm/MatMul --> y, float
     W int8, an initializer -----------------DequantizeLinear(s_w, 0, axis)----^            bias: float
+
+Where weights alone are quantized, x stays as it is. A weight in blocks is a packed int4 initializer behind
+DequantizeLinear(s_w, axis, block_size) without a zero point (opset 21).
 
 Tensors: EDGE_scale, EDGE_q, EDGE_dq; WEIGHT_q, WEIGHT_scale, WEIGHT_zero, WEIGHT_dq; one shared zero, int8_zero.
 An 8-bit activation on an asymmetric grid, which is there on request only, has a zero point: EDGE_zero.
@@ -21,6 +24,7 @@ from qncd_deploy.export.passes.common import (
     constant,
     initializer,
     insert_before,
+    oldest_ir_version,
     quantized_pair,
     weighted_ops,
 )
@@ -28,6 +32,7 @@ from qncd_deploy.quant.grid import Grid, quantize
 from qncd_deploy.quant.plan import LayerPlan, QuantPlan
 
 ZERO = "int8_zero"
+BLOCKED_OPSET = 21
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -65,20 +70,28 @@ class InsertQDQ(ir.passes.InPlacePass):
                 )
         if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph):
             raise Refused("the graph holds Q/DQ pairs already. Give the float network.")
+        if self.plan.blocked and (norm := next((n for n in model.graph if n.op_type == "GroupNormalization"), None)):
+            raise Refused(
+                f"{norm.name}: GroupNormalization means something else from opset {BLOCKED_OPSET} on, which INT4 "
+                "weights need. Export the network with another opset_version, which spells it out, or as w8a8."
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
+        if self.plan.blocked:
+            _raise_opset(model)
         pairs: dict[str, ir.Value] = {}
         for node, weight in list(weighted_ops(graph)):
             if weight.name not in self.plan or not (layer := self.plan[weight.name]).quantized:
                 continue
             edge = node.inputs[0]
-            if edge.name not in pairs:
-                pairs[edge.name] = _activation_pair(node, edge, layer)
-            node.replace_input_with(0, pairs[edge.name])
+            if layer.act_bits is not None:
+                if edge.name not in pairs:
+                    pairs[edge.name] = _activation_pair(node, edge, layer)
+                node.replace_input_with(0, pairs[edge.name])
             node.replace_input_with(1, _weight(node, weight, layer.weight_grid))
         common_passes.RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, bool(pairs))
+        return ir.passes.PassResult(model, bool(self.plan.quantized))
 
     def ensures(self, model: ir.Model) -> None:
         edges, weights = quantized_edges(model, self.plan), quantized_weights(model)
@@ -134,10 +147,21 @@ def _activation_pair(node: ir.Node, edge: ir.Value, layer: LayerPlan) -> ir.Valu
 def _weight(node: ir.Node, weight: ir.Value, grid: Grid) -> ir.Value:
     """The dequantized twin of weight, which is dropped once nothing reads it."""
     graph = node.graph
-    q = initializer(graph, f"{weight.name}_q", quantize(constant(weight), grid))
+    integers = quantize(constant(weight), grid)
     scale = initializer(graph, f"{weight.name}_scale", grid.scale)
-    zero = initializer(graph, f"{weight.name}_zero", np.zeros(grid.scale.shape, np.int8))
-    axis = {} if grid.axis is None else {"axis": grid.axis}
-    w = insert_before(node, "DequantizeLinear", [q, scale, zero], f"{weight.name}_dq", **axis)
+    where = {} if grid.axis is None else {"axis": grid.axis}
+    if grid.block is None:
+        q = initializer(graph, f"{weight.name}_q", integers)
+        inputs = [q, scale, initializer(graph, f"{weight.name}_zero", np.zeros(grid.scale.shape, np.int8))]
+    else:
+        inputs = [initializer(graph, f"{weight.name}_q", integers.astype(ir.DataType.INT4.numpy())), scale]
+        where["block_size"] = grid.block
+    w = insert_before(node, "DequantizeLinear", inputs, f"{weight.name}_dq", **where)
     w.type = weight.type
     return w
+
+
+def _raise_opset(model: ir.Model) -> None:
+    """To the first opset that has 4-bit tensors and blocks; what the graph holds means the same in both (requires)."""
+    model.graph.opset_imports[""] = max(BLOCKED_OPSET, model.graph.opset_imports[""])
+    model.ir_version = oldest_ir_version(model.graph.opset_imports[""])

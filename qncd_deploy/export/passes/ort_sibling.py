@@ -4,6 +4,8 @@
     Conv          Q/DQ behind it too, else it runs in float                            -> QLinearConv
     Gemm          bias as int32 on the grid s_x s_w, else it runs in float             -> QGemm
     MatMul        as it is                                                             -> MatMulIntegerToFloat
+    weights only  in blocks: as they are                                               -> MatMulNBits of a MatMul
+                  others: Cast and Mul, which it computes once when it loads the graph, a DequantizeLinear in every run
 Only the output of a Conv is rounded once more than in the master; a Linear's is not. (Which form is fused and which is
 fastest was measured with ONNX Runtime 1.31; an Add behind a 3-D MatMul does not disturb it.)
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from qncd_deploy.export.passes.common import (
     Refused,
@@ -36,7 +39,7 @@ class OrtSibling(ir.passes.InPlacePass):
         self.output_amax = {layer.output: layer.output_amax or 0.0 for layer in plan.quantized}
 
     def requires(self, model: ir.Model) -> None:
-        for node in quantized_ops(model.graph):
+        for node in _integer_ops(model.graph):
             if node.op_type == "Conv" and not self.output_amax.get(node.outputs[0].name, 0) > 0:
                 raise Refused(
                     f"{node.name}: no range of its output {node.outputs[0].name!r}, which ONNX Runtime's integer "
@@ -45,14 +48,19 @@ class OrtSibling(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        ops = list(quantized_ops(graph))
-        zero = initializer(graph, ZERO, _UINT8_ZERO_POINT)
+        ops, integer_ops = quantized_ops(graph), _integer_ops(graph)
+        for node in ops:
+            if node not in integer_ops and "block_size" not in node.inputs[1].producer().attributes:
+                _dequantize_at_load(node)
+        common_passes.RemoveUnusedNodesPass()(model)
+        if integer_ops:
+            zero = initializer(graph, ZERO, _UINT8_ZERO_POINT)
         for node in graph:
             if _is_activation_pair(node):
                 node.replace_input_with(2, _unsigned(graph, node.inputs[2]))
                 if node.op_type == "QuantizeLinear":
                     node.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
-        for node in ops:
+        for node in integer_ops:
             if node.op_type == "Conv":
                 self._quantize_output(node, zero)
             elif node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -85,6 +93,26 @@ def _unsigned(graph: ir.Graph, zero: ir.Value) -> ir.Value:
     """128 more."""
     value = int(constant(zero))
     return initializer(graph, f"{zero.name}_u8" if value else ZERO, np.uint8(int(_UINT8_ZERO_POINT) + value))
+
+
+def _integer_ops(graph: ir.Graph) -> list[ir.Node]:
+    """The quantized ops whose input is quantized too, in graph order."""
+    return [
+        node
+        for node in quantized_ops(graph)
+        if (source := node.inputs[0].producer()) is not None and source.op_type == "DequantizeLinear"
+    ]
+
+
+def _dequantize_at_load(node: ir.Node) -> None:
+    """The same product of integer and scale, of operators that ONNX Runtime folds into one constant."""
+    graph, back = node.graph, node.inputs[1].producer()
+    (q, scale, _), axis = back.inputs, back.attributes["axis"].as_int()
+    factors = constant(scale).reshape([-1 if i == axis else 1 for i in range(len(q.shape))])
+    wide = insert_before(node, "Cast", [q], f"{q.name}_wide", to=ir.DataType.FLOAT)
+    wide.type = ir.TensorType(ir.DataType.FLOAT)
+    weight = insert_before(node, "Mul", [wide, initializer(graph, f"{scale.name}_wide", factors)], f"{q.name}_float")
+    node.replace_input_with(1, weight)
 
 
 def _is_activation_pair(node: ir.Node) -> bool:
