@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qncd_deploy.cli.options import PATH, Numbers, Size, bits_line, json_option, print_json
+from qncd_deploy.cli.options import PATH, Numbers, Size, bits_line, bits_text, json_option, print_json
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing, GateFailed
 from qncd_deploy.evaluate.contest import OBJECTIVES
@@ -27,6 +27,7 @@ from qncd_deploy.pipeline.options import (
     SPLITTING,
     ExportOptions,
 )
+from qncd_deploy.quant.policy import BLOCK_SIZE, BLOCK_SIZES
 from qncd_deploy.schedule import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -44,12 +45,22 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.command("export")
 @click.argument("checkpoint", type=PATH)
 @click.option("--int8", "int8", is_flag=True, help="8-bit weights and activations: --format w8a8.")
+@click.option("--int4", "int4", is_flag=True, help="4-bit weights and 8-bit activations: --format w4a8.")
 @click.option(
     "--format",
     "format",
     type=click.Choice(FORMATS),
-    help="Bits of weights and activations. Below 8 they are fewer levels in 8-bit integers, rounded to nearest: the "
-    "speed is that of w8a8. fp16 quantizes nothing: the baseline.  [default: w8a8]",
+    help="Bits of weights and activations. w8a8: 8-bit integers, weights and arithmetic. w4a8: 4-bit levels in 8-bit "
+    "integers, so speed and size are those of w8a8 on every engine; files compress to half. w4a6, w4a4: likewise, to "
+    "study quality. w4a16: smaller, not faster: weights of Linears packed in 4 bits, of convolutions in 8, arithmetic "
+    "in float, no calibration. fp16: nothing is quantized, the baseline.  [default: w8a8]",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice([str(size) for size in BLOCK_SIZES]),
+    callback=lambda _context, _parameter, size: size and int(size),
+    help="Weights that share a scale in w4a16: fewer are more exact and larger. A Linear that it does not divide takes "
+    f"the next smaller one, or 8 bits per output channel.  [default: {BLOCK_SIZE}]",
 )
 @click.option(
     "--config",
@@ -181,13 +192,10 @@ def export_command(**given: Any) -> None:
 
     CHECKPOINT is a CompVis .ckpt or .safetensors with its YAML, a diffusers folder, or a float .onnx graph.
     """
-    names = ("int8", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")
+    names = ("int8", "int4", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")
     flags = {key: given.pop(key) for key in names}
-    if flags["int8"] and given["format"] not in (None, "w8a8"):
-        raise click.UsageError(f"--int8 is --format w8a8, and --format {given['format']} was given too.")
-    options = ExportOptions(
-        **{**given, "format": given["format"] or "w8a8", "quant_level": QUANT_LEVELS[given["quant_level"]]}
-    )
+    given["format"] = _format(given["format"], int8=flags["int8"], int4=flags["int4"])
+    options = ExportOptions(**{**given, "quant_level": QUANT_LEVELS[given["quant_level"]]})
     _need_export_extra()
     started = time.perf_counter()
     if flags["dry_run"]:
@@ -203,6 +211,19 @@ def export_command(**given: Any) -> None:
     else:
         _show(exported, time.perf_counter() - started, verbose=flags["verbose"])
     _check_gates(exported, flags["require_psnr"], flags["require_shift_below"])
+
+
+def _format(named: str | None, *, int8: bool, int4: bool) -> str:
+    """What --format and its short forms agree on. Raises click.UsageError if they do not."""
+    asked = {
+        **({"--int8": "w8a8"} if int8 else {}),
+        **({"--int4": "w4a8"} if int4 else {}),
+        **({f"--format {named}": named} if named else {}),
+    }
+    if len(set(asked.values())) > 1:
+        (first, meant), *_, (other, _) = asked.items()
+        raise click.UsageError(f"{first} is --format {meant}, and {other} was given too.")
+    return next(iter(asked.values()), DEFAULTS.format)
 
 
 def _need_export_extra() -> None:
@@ -256,8 +277,9 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
     reasons: dict[str, int] = {}
     for layer in plan:
         if verbose:
-            state = "float" if not layer.quantized else f"W{layer.weight_bits}A{layer.act_bits} {layer.sqnr_db} dB"
-            click.echo(f"            {layer.name}  {state}  {layer.reason}")
+            error = f" {layer.sqnr_db} dB" if layer.quantized else ""
+            bits = bits_text(layer.weight_bits, layer.act_bits)
+            click.echo(f"            {layer.name}  {bits}{error}  {layer.reason}")
         if not layer.quantized:
             reasons[layer.reason] = reasons.get(layer.reason, 0) + 1
     for reason, count in reasons.items():
@@ -267,6 +289,8 @@ def _show(exported: Exported, seconds: float, *, verbose: bool) -> None:
     smoothing = exported.quantized.smoothing
     if smoothing.blocks or smoothing.linears:
         click.echo(f"smoothing   {_smoothing_line(smoothing)}")
+    elif not any(layer.act_bits for layer in plan.quantized):
+        click.echo("activations stay float: nothing to calibrate, to smooth or to keep float for")
     elif manifest.recipe["--smooth"] != "off":
         click.echo("smoothing   nothing to smooth: no residual blocks with a time embedding, no Linears were found")
     if exported.quantized.splitting.errors:

@@ -19,6 +19,7 @@ from qncd_deploy.bundle import file_problems, read_manifest
 from qncd_deploy.cli.options import (
     backend_option,
     bits_line,
+    bits_text,
     bundle_argument,
     engine_dir_option,
     fitted_tables,
@@ -70,7 +71,7 @@ def inspect_command(
         table.add_row(*_row(layer))
     console = Console(width=None if os.isatty(1) else 200)
     console.print(table)
-    bits = Counter(_bits(layer) for layer in plan["layers"])
+    bits = Counter(bits_text(layer["weight_bits"], layer["act_bits"]) for layer in plan["layers"])
     console.print("   ".join(f"{count} {name}" for name, count in sorted(bits.items())))
     if "bits" in manifest.quality:
         console.print(f"bits {bits_line(manifest.quality['bits'])}")
@@ -109,17 +110,13 @@ def _engines(folder: Path, backend: str | None) -> dict[Path, EngineFacts]:
     return found
 
 
-def _bits(layer: dict[str, Any]) -> str:
-    return "float" if layer["weight_bits"] is None else f"W{layer['weight_bits']}A{layer['act_bits']}"
-
-
 def _row(layer: dict[str, Any]) -> tuple[str, ...]:
     scale, sqnr = layer["act_scale"], layer["sqnr_db"]
     return (
         layer["name"],
         layer["op"],
         "x".join(map(str, layer["shape"])),
-        _bits(layer),
+        bits_text(layer["weight_bits"], layer["act_bits"]),
         "" if scale is None else f"{scale:.4g}",
         "" if sqnr is None else f"{sqnr:.1f}",
         layer["reason"],
@@ -210,11 +207,18 @@ def doctor_command(as_json: bool) -> None:
         say(status.name, missing or f"version {status.version}, runs {graph}")
     ready = [s.name for s in engines if s.missing is None]
     say("w8a8 runs", f"on {', '.join(ready)}" if ready else f"nowhere yet: {BACKENDS['openvino'].install}")
+    for formats, needs in _FORMATS.items():
+        say(formats, needs)
     for name, targets in _ahead_of_time().items():
         say("builds for", f"{', '.join(targets)}, ahead of time, with {name}")
 
 
-_HEADINGS = ("w8a8 runs", "builds for")
+_FORMATS = {
+    "w4a8 w4a6 w4a4": "run where w8a8 does, as fast and in as many bytes: 4-bit levels in 8-bit integers",
+    "w4a16": "runs everywhere, in float arithmetic; weights of Linears stay packed in 4 bits in openvino, onnxruntime "
+    "and tensorrt-rtx",
+}
+_HEADINGS = ("w8a8 runs", "builds for", *_FORMATS)
 
 
 def _ahead_of_time() -> dict[str, list[str]]:

@@ -157,3 +157,8 @@ def _batches(path: Path) -> Sequence[str]:
     """Of a compiled network named ...-b1+4.engine or ...-b1+4-512x512.engine."""
     found = re.search(r"-b([\d+]+)(-[\dx+]+)?$", path.stem)
     return [] if found is None else found[1].split("+")
+
+
+def bits_text(weight_bits: int | None, act_bits: int | None) -> str:
+    """How a layer of a plan is computed: W8A8; W4A16 with its weight alone quantized; float."""
+    return "float" if weight_bits is None else f"W{weight_bits}A{act_bits or 16}"

@@ -136,7 +136,12 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
             sampler.save_blob(path)
             seconds, kernels = time.perf_counter() - started, sampler.kernels()
     count = sum(kernel.count for kernel in kernels if kernel.integer)
-    runs = f"{planned} layers planned in INT8, {count} kernels run on integers"
+    weights_only = all(layer["act_bits"] is None for layer in bundle.plan["layers"])
+    runs = (
+        f"{planned} layers planned with quantized weights, arithmetic in float"
+        if planned and weights_only
+        else f"{planned} layers planned in INT8, {count} kernels run on integers"
+    )
     return Built(path, path.stat().st_size, count, planned, runs, (), seconds)
 
 

@@ -57,5 +57,7 @@ def dry_run(options: ExportOptions) -> DryRun:
     check_patterns(network.sites, policy)
     check_budget(network.sites, options, policy)
     layers = tuple((site, *decide(site, policy)) for site in network.sites)
+    if not options.rounds_activations:
+        return DryRun(bundle_folder(options), layers, 0, 0)
     skips = candidates(network, options, policy)
     return DryRun(bundle_folder(options), layers, len(network.resblocks), len(skips))

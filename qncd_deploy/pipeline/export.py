@@ -34,7 +34,7 @@ from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
-from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, unquantized
+from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, quantize_weights
 from qncd_deploy.pipeline.smoothing import Smoothing
 from qncd_deploy.quant.policy import FLOAT_FORMAT
 from qncd_deploy.runtime import Bundle
@@ -135,15 +135,18 @@ def _short(value: Any) -> str:
 
 def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, progress: Progress) -> Quantized:
     verify(network.model, FLOAT, name="unet-float.onnx")
-    if options.format == FLOAT_FORMAT:
-        return unquantized(network, options)
+    if not options.rounds_activations and (options.format == FLOAT_FORMAT or not options.brings_graph):
+        return quantize_weights(network, options, progress)
     check_budget(network.sites, options, policy_of(options))
     graph = scratch / GRAPHS["float"]
     save_siblings({graph.name: network.model}, scratch)
     with progress.stage("calibration") as tick:
         calib = calibration_set(network, options, graph, _name(options), tick)
-    work = options.calib_dir / _name(options) / "rounding"
-    quantized = quantize(network, calib, options, work, scratch, progress)
+    if options.rounds_activations:
+        work = options.calib_dir / _name(options) / "rounding"
+        quantized = quantize(network, calib, options, work, scratch, progress)
+    else:
+        quantized = quantize_weights(network, options, progress)
     if options.brings_graph:
         with progress.stage("output error"):
             rows = spread_rows(calib, CHECKED_ROWS)

@@ -10,9 +10,11 @@ from pathlib import Path
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.contest import OBJECTIVES
+from qncd_deploy.quant.policy import BLOCK_SIZES, FLOAT_FORMAT
 from qncd_deploy.reconstruct.preset import PRESETS
 
-FORMATS = ("fp16", "w8a8", "w4a8", "w4a6", "w4a4")
+WEIGHT_ONLY_FORMAT = "w4a16"
+FORMATS = (FLOAT_FORMAT, "w8a8", "w4a8", "w4a6", "w4a4", WEIGHT_ONLY_FORMAT)
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
 SPLITTING = ("auto", "off", "shortcut", "all")
 RECONSTRUCTION = ("auto", "off", *PRESETS)
@@ -30,15 +32,16 @@ class ExportOptions:
     """Every choice of an export; the defaults are those of the command line.
 
     checkpoint: CompVis checkpoint, diffusers folder or float ONNX graph. config: the YAML of a checkpoint, or the
-    scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network calls
-    recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of the multiplications
-    that may stay float where rounding costs most. avg_bits, max_size: budget of the weights, in bits per weight or in
-    bytes of all. split: "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto"
-    those whose held-out error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of
-    activations to choose from by timestep, the format's own among them; () for these throughout. alpha: None tries
-    several. recon: "auto" learns the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the
-    held-out error (False is for studies of the method itself). fit_size: pictures that corrections are fitted on; auto
-    chooses on twice as many.
+    scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network
+    calls recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of the
+    multiplications that may stay float where rounding costs most. avg_bits, max_size: budget of the weights, in
+    bits per weight or in bytes of all. block_size: weights of a 4-bit block, for w4a16 alone; None is BLOCK_SIZE.
+    split: "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto" those whose
+    held-out error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of activations to
+    choose from by timestep, the format's own among them; () for these throughout. alpha: None tries several. recon:
+    "auto" learns the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the held-out error
+    (False is for studies of the method itself). fit_size: pictures that corrections are fitted on; auto chooses on
+    twice as many.
     """
 
     checkpoint: Path
@@ -64,6 +67,7 @@ class ExportOptions:
     keep_float: float = 2.0
     avg_bits: float | None = None
     max_size: int | None = None
+    block_size: int | None = None
     split: str = "auto"
     step_bits: tuple[int, ...] = ()
     smooth: str = "qncd"
@@ -101,8 +105,20 @@ class ExportOptions:
                 raise UsageError(f"{flag} {count}: expected {least} or more.")
         if not 0 <= self.keep_float <= 100:
             raise UsageError(f"--keep-float {self.keep_float:g}: expected 0 to 100, percent of the arithmetic.")
+        if self.recon in PRESETS and not self.rounds_activations:
+            raise UsageError(
+                f"--recon {self.recon}: {self.format} rounds no activations, reconstruction is for formats that do. "
+                "Leave it out."
+            )
         object.__setattr__(self, "step_bits", tuple(sorted(self.step_bits)))
         self._check_step_bits()
+        if self.block_size is not None and self.format != WEIGHT_ONLY_FORMAT:
+            raise UsageError(
+                f"--block-size {self.block_size}: {self.format} has one scale per output channel, {WEIGHT_ONLY_FORMAT} "
+                "has blocks. Leave it out."
+            )
+        if self.block_size not in (None, *BLOCK_SIZES):
+            raise UsageError(f"--block-size {self.block_size}: expected one of {', '.join(map(str, BLOCK_SIZES))}.")
         self._check_budget()
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UsageError(f"--alpha {self.alpha:g}: expected 0 to 1, the share of a range that is moved.")
@@ -152,6 +168,11 @@ class ExportOptions:
             raise UsageError(f"--avg-bits {self.avg_bits:g}: expected 4 to 16, a float weight counting 16.")
         if self.max_size is not None and self.max_size < 1:
             raise UsageError(f"--max-size {self.max_size}: expected 1 byte or more.")
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether there are ranges to calibrate, and errors of activations to smooth or to keep layers in float for."""
+        return self.format not in (FLOAT_FORMAT, WEIGHT_ONLY_FORMAT)
 
     @property
     def brings_graph(self) -> bool:

@@ -28,7 +28,7 @@ from qncd_deploy.pipeline.splitting import Splitting, find_splitting
 from qncd_deploy.pipeline.stepping import Steps, find_steps
 from qncd_deploy.quant.decide import check_patterns, decide, make_plan
 from qncd_deploy.quant.plan import Choice, QuantPlan
-from qncd_deploy.quant.policy import Policy
+from qncd_deploy.quant.policy import BLOCK_SIZE, Policy
 from qncd_deploy.reconstruct.network import Reconstruction, reconstruct
 from qncd_deploy.reconstruct.preset import PRESETS, Preset
 
@@ -60,14 +60,18 @@ def policy_of(options: ExportOptions) -> Policy:
         act_method=options.calib_method,
         percentile=options.percentile,
         asymmetric=options.asymmetric,
+        block_size=options.block_size or BLOCK_SIZE,
     )
 
 
-def unquantized(network: FloatNetwork, options: ExportOptions) -> Quantized:
-    """The plan and the graphs of a bundle whose layers all stay in float: the baseline of the quantized ones."""
-    plan = make_plan(network.sites, {}, {}, policy_of(options))
-    graphs = _graphs(network.model, network.model.clone(), plan)
-    return Quantized(plan, Smoothing.none(), Splitting({}, ()), Bits(), graphs)
+def quantize_weights(network: FloatNetwork, options: ExportOptions, progress: Progress) -> Quantized:
+    """The plan and the graphs of a format that leaves activations in float, and needs no calibration: with quantized
+    weights, or nothing quantized at all, the baseline of the other formats. Raises: PlanError or ExportError.
+    """
+    with progress.stage("graphs"):
+        draft = _draft(network, network.model, {}, policy_of(options), {})
+        graphs = _graphs(network.model, draft.master(), draft.plan)
+        return Quantized(draft.plan, Smoothing.none(), Splitting({}, ()), Bits(), graphs)
 
 
 def quantize(

@@ -44,7 +44,7 @@ def weight_only_grid(site: LayerSite, weight: np.ndarray, policy: Policy) -> tup
     """The grid of a weight of the site's shape, by the policy's method, and its bits."""
     block, _ = block_for(site, policy.block_size)
     if block is None:
-        return replace(policy, weight_bits=WIDE_BITS).weight_grid(weight, site.out_axis), WIDE_BITS
+        return policy.weight_grid(weight, site.out_axis, bits=WIDE_BITS), WIDE_BITS
     return _blocked_grid(weight, 1 - site.out_axis, block, policy), policy.weight_bits
 
 
