@@ -41,7 +41,7 @@ ISLANDS = {
     "onnx_ir": ("export", "reconstruct", *EXPORTING),
     "networkx": ("export/blocks.py",),
     "onnxscript": ("export",),
-    "scipy": ("quant/mixed.py",),
+    "scipy": ("quant/program.py",),
     "openvino": ("engines/openvino.py",),
     "onnxruntime": ("engines/ort",),
     "jinja2": ("evaluate/report.py",),

@@ -106,12 +106,23 @@ def test_the_ends_of_the_range_are_reached_exactly() -> None:
     assert solved(16).counts() == {"W8": 20}  # float costs arithmetic, and none was given
 
 
-def test_a_network_of_hundreds_of_layers() -> None:
+def test_a_network_of_hundreds_of_layers(capfd: pytest.CaptureFixture[str]) -> None:
     sites, edges, noise = network(np.random.default_rng(2), 600, readers=3)
-    found = assign(sites, edges, noise, BitBudget(average=5), float_share=0.02)
+    found = assign(sites, edges, noise, BitBudget(average=5), float_share=0)
     assert found.gap <= GAP and 4.999 < found.average <= 5
+    assert capfd.readouterr() == ("", "")  # standard output is the command's, libraries' C code included
     noisiest = max(noise, key=lambda name: noise[name][4] / math.prod(next(s.shape for s in sites if s.name == name)))
     assert found.choices[noisiest].weight_bits != 4
+
+
+def test_a_search_that_is_cut_short_says_how_far_it_may_be_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, edges, noise = network(np.random.default_rng(4), 7)
+    budget = BitBudget(average=5.3)
+    best = best_by_trying(sites, edges, noise, budget, 0.3, set())
+    monkeypatch.setattr("qncd_deploy.quant.program.NODES", 0)
+    found = assign(sites, edges, noise, budget, float_share=0.3)
+    assert found.gap > GAP
+    assert found.noise * (1 - found.gap) <= best * (1 + 1e-9) and best <= found.noise * (1 + 1e-9)
 
 
 def test_every_choice_says_why() -> None:

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qncd_deploy.errors import PlanError
 from qncd_deploy.quant.budget import EdgeCost
 from qncd_deploy.quant.plan import Choice, LayerSite
+from qncd_deploy.quant.program import WHOLE, Program, solve
 
 WIDTHS = (4, 8)
 """Bits that a weight may get, beside float."""
@@ -45,7 +45,9 @@ SCALE_BITS = 32
 """One scale per output channel, whatever the bits of the weights."""
 
 GAP = 1e-4
-"""How far the solution may be from the best one, relative to its noise: the solver stops there."""
+"""How much less noise than the solution the best one may have, relative: the search ends there, or where it takes too
+long, with the gap that it is left with.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Assignment:
     """What every layer gets and what that costs.
 
     choices: by layer; average: bits per weight; bytes: packed to their bits, with scales; noise: predicted, relative to
-    the power of the output; uniform: the same of all layers at one width; gap: by how much, relative to the noise, the
-    best solution might be better.
+    the power of the output; uniform: the same of all layers at one width; gap: how much less, relative to the noise,
+    the least possible one might be.
     """
 
     choices: Mapping[str, Choice]
@@ -124,7 +126,7 @@ def assign(
     float_share: float,
     pinned: Collection[str] = (),
 ) -> Assignment:
-    """Solve the program above to a relative gap of at most GAP.
+    """Solve the program above.
 
     sites: the layers to choose for; edges: the tensors they read, every layer in one of them; noise: n_lb by layer and
     width, of all WIDTHS; float_share: of the multiplications, may stay float; pinned: layers that may not.
@@ -169,30 +171,34 @@ def _solve(
     def row(of_edges: np.ndarray, of_layers: np.ndarray) -> np.ndarray:
         return np.concatenate([of_edges, of_layers.ravel()])
 
-    goal = row(-np.array([edge.noise for edge in edges]), weight_noise)
-    one_each = np.zeros((len(sites), len(goal)))
+    one_each = np.zeros((len(sites), len(edges) + taken.size))
     one_each[np.arange(len(sites)), owner] = 1
     one_each[:, len(edges) :] = np.kron(np.eye(len(sites)), np.ones(len(WIDTHS)))
     size = row(float_taken, taken)
-    unit = np.gcd.reduce(size)  # whole numbers no larger than need be: the solver compares to 1e-6
-    may_float = np.array([float_share > 0 and pinned.isdisjoint(edge.layers) for edge in edges], float)
-    found = milp(
-        goal / (np.abs(goal).mean() or 1.0),
-        integrality=np.ones(len(goal)),
-        bounds=Bounds(0, row(may_float, np.ones(taken.shape))),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size // unit, ub=math.floor(budget.limit(sites) / unit)),
-            LinearConstraint(row(macs / max(macs.sum(), 1), np.zeros(taken.shape)), ub=float_share),
-        ],
-        options={"mip_rel_gap": GAP},
+    unit = np.gcd.reduce(size)  # whole numbers no larger than need be, which the solver compares exactly
+    goal = row(-np.array([edge.noise for edge in edges]), weight_noise)
+    scale = float(np.abs(goal).mean()) or 1.0
+    share = macs / max(macs.sum(), 1)
+    may_float = (share <= float_share) & [float_share > 0 and pinned.isdisjoint(edge.layers) for edge in edges]
+    program = Program(
+        goal=goal / scale,
+        limits=np.stack([size // unit, row(share, np.zeros(taken.shape))]),
+        most=np.array([math.floor(budget.limit(sites) / unit), float_share]),
+        groups=one_each,
+        upper=row(may_float, np.ones(taken.shape)),
     )
-    assert found.success, found.message
-    picked = found.x[len(edges) :].reshape(taken.shape) > 0.5
-    widths = [WIDTHS[int(of.argmax())] if of.any() else None for of in picked]
+
+    def whole(x: np.ndarray) -> np.ndarray:
+        """Undecided tensors are quantized, undecided weights get the fewest bits: smaller on both counts."""
+        floats, decided = x[: len(edges)] > 1 - WHOLE, x[len(edges) :].reshape(taken.shape) > 1 - WHOLE
+        picked = np.eye(len(WIDTHS))[decided.argmax(axis=1)]  # the first where none is decided
+        return row(floats, picked * ~floats[owner, None])
+
+    x, gap = solve(program, whole, gap=GAP, constant=sum(edge.noise for edge in edges) / scale)
+    widths = [WIDTHS[int(of.argmax())] if of.any() else None for of in x[len(edges) :].reshape(taken.shape)]
     used = sum(budget.bits(site, width or FLOAT_BITS) for site, width in zip(sites, widths, strict=True))
     assert used <= budget.limit(sites)
-    return widths, float(found.mip_gap)
+    return widths, gap
 
 
 def _explained(
