@@ -68,8 +68,19 @@ def test_the_first_wrong_tensor_is_found_in_few_builds(count: int) -> None:
             return {name: np.full(3, 9.0 if names.index(name) >= wrong else 1.1) for name in marked}, exact
 
         assert first_wrong(names, watch) == names[wrong]
-        assert len(builds) <= 1 + math.ceil(math.log(count, WATCHED)) + 1 and max(map(len, builds)) <= WATCHED
+        assert len(builds) <= 1 + math.ceil(math.log(count, WATCHED)) + 2 and max(map(len, builds)) <= WATCHED
     assert first_wrong(names, lambda marked: ({n: np.ones(3) for n in marked},) * 2) is None
+
+
+def test_a_sound_branch_does_not_clear_the_one_beside_it() -> None:
+    """A shortcut computed after the convolution that it joins: sound, though the convolution before it is not."""
+    names, sound = [f"t{index}" for index in range(64)], {"t31", "t33"}
+
+    def watch(marked: list[str]) -> tuple[dict, dict]:
+        off = {name: int(name[1:]) >= 30 and name not in sound for name in marked}
+        return {name: np.full(3, 9.0 if off[name] else 1.0) for name in marked}, {n: np.ones(3) for n in marked}
+
+    assert first_wrong(names, watch) == "t30"
 
 
 def test_what_is_recorded_is_the_float_samplers_own(bundle: Path) -> None:

@@ -156,23 +156,31 @@ Watch = Callable[[Sequence[str]], tuple[Mapping[str, np.ndarray], Mapping[str, n
 def first_wrong(names: Sequence[str], watch: Watch) -> str | None:
     """The first of the tensors, which are in the graph's order, that is off by more than ALONE; None if none is.
 
-    What is wrong stays wrong downstream, so a search in WATCHED parts finds it in a few builds.
+    What is wrong stays wrong downstream, so a search in WATCHED parts finds it in a few builds. A sound tensor clears
+    only what it is made from: one on another branch may be wrong just before it, so the last few are looked at again.
     """
+
+    def wrong(places: Sequence[int]) -> list[int]:
+        found, exact = watch([names[place] for place in places])
+        return [place for place in places if not _error(found[names[place]], exact[names[place]]) <= ALONE]
+
     low, high = 0, len(names)  # the first wrong one, if there is one, lies in names[low:high]
     while low < high:
         step = math.ceil((high - low) / WATCHED)
         marks = list(range(min(low + step - 1, high - 1), high, step))
-        found, exact = watch([names[mark] for mark in marks])
-        wrong = [mark for mark in marks if not _error(found[names[mark]], exact[names[mark]]) <= ALONE]
-        if not wrong:
+        off = wrong(marks)
+        if not off:
             low = marks[-1] + 1
             continue
-        first = wrong[0]
-        low = max([low, *(mark + 1 for mark in marks if mark < first)])
-        if first == low:
-            return names[first]
-        high = first + 1
-    return None
+        low = max([low, *(mark + 1 for mark in marks if mark < off[0])])
+        high = off[0] + 1
+        if low == off[0]:
+            break
+    else:
+        return None
+    while low and (off := wrong(range(max(0, low - WATCHED), low))):
+        low = off[0]
+    return names[low]
 
 
 class Gate:
