@@ -98,7 +98,8 @@ def test_a_dry_run_lists_every_layer_and_writes_nothing(own_graph: Export, tmp_p
     assert (done.code, done.err) == (0, "")
     listed = {layer["name"]: layer for layer in json.loads(done.out)["layers"]}
     plan = json.loads((own_graph.bundle / "plan.json").read_text())
-    assert list(listed) == [layer["name"] for layer in plan["layers"]]
+    whole = [layer["name"].removesuffix(".h") for layer in plan["layers"] if not layer["name"].endswith(".s")]
+    assert list(listed) == whole  # what is split is decided by measurement
     excluded = [layer for name, layer in listed.items() if "attentions" in name]
     assert excluded and not any(layer["quantized"] for layer in excluded)
     assert any(layer["quantized"] for layer in listed.values())
