@@ -38,9 +38,10 @@ from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.runtime import Bundle, Sampling
 
 ENGINE = "openvino"
+PLAIN = {"smooth": "off", "keep_float": 0.0, "split": "off", "asymmetric": "off", "recon": "off"}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "naive": {"calib_method": "minmax", "smooth": "off", "keep_float": 0.0},
-    "calibrated": {"smooth": "off", "keep_float": 0.0},
+    "naive": {**PLAIN, "calib_method": "minmax"},
+    "calibrated": PLAIN,
     "default": {},
 }
 FORMATS, MORE_FORMATS = ("w8a8", "w4a8", "w4a6"), ("w4a4",)

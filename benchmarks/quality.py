@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 from pathlib import Path
+from typing import Any
 
 from beside import beside_float
 
@@ -21,16 +22,43 @@ from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.options import ExportOptions
 
-NAIVE = {"calib_method": "minmax", "smooth": "off", "keep_float": 0.0}
-RECIPES: dict[str, dict[str, object]] = {
-    "naive: min-max, nothing else": NAIVE,
-    "least-squares ranges": {**NAIVE, "calib_method": "mse"},
-    "sensitive layers in float": {"smooth": "off"},
-    "default (smoothing and correction gated)": {},
-    "smoothing forced, qncd": {"gate": False},
-    "smoothing forced, qncd:paper": {"gate": False, "smooth": "qncd:paper"},
+Recipe = dict[str, Any]
+
+NAIVE: Recipe = {
+    "calib_method": "minmax",
+    "smooth": "off",
+    "keep_float": 0.0,
+    "split": "off",
+    "asymmetric": "off",
+    "recon": "off",
 }
-CORRECTED = "default (smoothing and correction gated)"
+PARTS: tuple[tuple[str, Recipe], ...] = (
+    ("naive: min-max, nearest, nothing else", {}),
+    ("+ least-squares ranges", {"calib_method": "mse"}),
+    ("+ asymmetric grids", {"asymmetric": "auto"}),
+    ("+ split shortcuts", {"split": "auto"}),
+    ("+ sensitive layers in float", {"keep_float": 2.0}),
+    ("+ learned rounding and steps", {"recon": "auto"}),
+    ("+ smoothing, gated: the default", {"smooth": "qncd"}),
+)
+"""One part of the recipe after another, each on top of those before; at 8 bits some of them do nothing."""
+IDLE_AT_8_BITS = ("asymmetric", "recon")
+FORCED: tuple[tuple[str, Recipe], ...] = (
+    ("smoothing forced, qncd", {"gate": False}),
+    ("smoothing forced, qncd:paper", {"gate": False, "smooth": "qncd:paper"}),
+)
+"""Smoothing without its gate, in place of the last part."""
+DEFAULT = PARTS[-1][0]
+
+
+def recipes(format: str) -> dict[str, Recipe]:
+    """By the name of the table's row."""
+    found, recipe = {}, dict(NAIVE)
+    for name, part in PARTS:
+        recipe |= part
+        if format != "w8a8" or not set(part) & set(IDLE_AT_8_BITS):
+            found[name] = dict(recipe)
+    return found | {name: {**found[DEFAULT], **part} for name, part in FORCED}
 
 
 def main() -> None:
@@ -44,8 +72,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
     given = parser.parse_args()
     bars, bundles = Bars(), {}
-    for number, (name, recipe) in enumerate(RECIPES.items()):
-        correction = "auto" if name == CORRECTED else "off"
+    for number, (name, recipe) in enumerate(recipes(given.format).items()):
+        correction = "auto" if name == DEFAULT else "off"
         options = ExportOptions(
             given.checkpoint,
             name=f"quality-{number}",
@@ -58,12 +86,16 @@ def main() -> None:
         bundles[name] = export(options, bars, command="").bundle
     variants = [Variant(name, "openvino", "off", bundle=bundle) for name, bundle in bundles.items()]
     variants += [
-        Variant(f"{method} at run time, forced", "openvino", method, bundle=bundles[CORRECTED])
-        for method in ("qncd", "qncd:paper")
+        Variant(f"{DEFAULT}, with {words}", "openvino", method, bundle=bundles[DEFAULT])
+        for method, words in (
+            ("auto", "what auto chose"),
+            ("qncd", "qncd at run time, forced"),
+            ("qncd:paper", "qncd:paper at run time, forced"),
+        )
     ]
     draw = Draw(given.pictures, seed=given.seed, batch_size=32, threads=1 if given.ray else None)
     pictures = given.work / "quality-pictures"
-    found = beside_float(bundles[CORRECTED], variants, draw, work=pictures, bars=bars, ray=given.ray, traced=64)
+    found = beside_float(bundles[DEFAULT], variants, draw, work=pictures, bars=bars, ray=given.ray, traced=64)
     float_ = found.reference
     lines = [
         f"# Quality of the demo at {given.format.upper()}, {given.pictures} pictures of seed {given.seed}",

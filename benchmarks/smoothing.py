@@ -69,6 +69,8 @@ def _rows(folder: Path, kind: str, network: str, pictures: int) -> list[str]:
                 smooth=smooth,
                 gate=False,
                 keep_float=0.0,
+                split="off",
+                recon="off",
                 correction="off",
                 n_steps=8,
                 calib_steps=8,
