@@ -237,6 +237,17 @@ def test_a_step_shared_with_another_block_stays(tmp_path: Path) -> None:
     assert found.steps == {}
 
 
+def test_shapes_that_are_computed_at_run_time_are_those_of_a_batch(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 18]>
+        shaped (float[N,8,4,4] x) => (float[N,8,4,4] y)
+        { a = Conv (x, first) s = Shape (a) b = Expand (bias, s) c = Add (a, b) y = Conv (c, second) }"""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((8, 8, 1, 1)).astype(np.float32) for name in ("first", "second")}
+    model, feeds = parsed(text, {**arrays, "bias": rng.standard_normal((1, 8, 1, 1)).astype(np.float32)}), rows()
+    found = learned(tmp_path, model=model, feeds=feeds, plan=planned(model, feeds))
+    assert set(found.weights) == {"first", "second"}
+
+
 def test_dequantized_integers_are_the_weights_to_the_bit(tmp_path: Path) -> None:
     model, feeds = small_network(), rows()
     plan, found = planned(model, feeds), learned(tmp_path)

@@ -193,8 +193,8 @@ class _Walk:
         segment, names = Segment([node]), tuple(out.name for out in node.outputs)
         inputs = tuple(v.name for v in node.inputs if v is not None and not v.is_initializer())
         for frontier in (self.float_, self.quantized):
-            if not self._varies[node.outputs[0]]:
-                for name, value in segment(frontier.rows(inputs, slice(0, 0)), names).items():
+            if not self._varies.get(node.outputs[0]):  # a shape at most, and batches are all of one size
+                for name, value in segment(frontier.rows(inputs, slice(0, self.batch)), names).items():
                     frontier.keep(name, value)
                 continue
             self._fill(frontier, inputs, names, lambda feeds: segment(feeds, names))
