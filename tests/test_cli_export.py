@@ -274,6 +274,13 @@ def test_fewer_bits_are_fewer_levels_in_eight(own_graph: Export, calibration: Pa
     plan = json.loads((tmp_path / "own-w4a6" / "plan.json").read_text(encoding="utf-8"))
     assert {(layer["weight_bits"], layer["act_bits"]) for layer in plan["layers"]} <= {(4, 6), (None, None)}
     graph = onnx.load(tmp_path / "own-w4a6" / "unet.onnx").graph
-    weights = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith("_q")]
-    assert weights and min(w.min() for w in weights) >= -8 and max(w.max() for w in weights) <= 7
+    weights = {t.name: onnx.numpy_helper.to_array(t).astype(int) for t in graph.initializer}
+    quantized = [layer for layer in plan["layers"] if layer["weight_bits"]]
+    for layer in quantized:
+        channels = np.moveaxis(weights[f"{layer['name']}_q"], layer["out_axis"], 0).reshape(
+            -1, np.prod(layer["shape"]) // layer["shape"][layer["out_axis"]]
+        )
+        levels = channels + np.reshape(layer.get("weight_zero") or 0, (-1, 1))
+        assert levels.min() >= -8 and levels.max() <= 7
+    assert quantized
     assert sum(node.op_type == "Clip" for node in graph.node) == sum(n.op_type == "QuantizeLinear" for n in graph.node)

@@ -224,7 +224,16 @@ def _quality(quantized: Quantized) -> dict[str, Any]:
         found["output_sqnr_db"] = quantized.plan.output_sqnr_db
     if quantized.steps is not None:
         found["step_bits"] = quantized.steps.to_json()
-    return found
+    return _rounded(found)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every number: the last ones of a sum depend on where its terms lie in memory."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _smoothing(smoothing: Smoothing) -> dict[str, Any]:
