@@ -147,8 +147,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     type=click.Choice(SPLITTING),
     default=DEFAULTS.split,
     help="Quantize the shortcut convolutions of skip concatenations half by half (Q-Diffusion), in one more kernel "
-    "each: auto where the held-out error falls by a tenth or more, shortcut everywhere as published; all splits the "
-    "blocks' main convolutions as well.",
+    "each: auto below 8 bits where the held-out error falls by a tenth or more, shortcut everywhere as published; all "
+    "splits the blocks' main convolutions as well.",
 )
 @click.option(
     "--smooth",
