@@ -235,6 +235,8 @@ def test_a_step_shared_with_another_block_stays(tmp_path: Path) -> None:
     found = learned(tmp_path, model=model, feeds=feeds, plan=plan)
     assert set(found.weights) == {"left", "right"}
     assert found.steps == {}
+    paper = replace(PAPER, iterations=150, steps_iterations=5, batch=8, rate=2e-2)  # has no step to learn on its own
+    assert learned(tmp_path, paper, model=model, feeds=feeds, plan=plan).steps == {}
 
 
 def test_shapes_that_are_computed_at_run_time_are_those_of_a_batch(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "--recon",
     type=click.Choice(RECONSTRUCTION),
     default=DEFAULTS.recon,
-    help="Learn the rounding of weights block by block: fast, or paper (Q-Diffusion's schedule, 100 times as long); "
-    "auto is fast below 8 bits, else off.",
+    help="Learn the rounding of weights block by block: fast, at most 150 iterations a block, or paper, Q-Diffusion's "
+    "25,000; auto is fast below 8 bits, else off.",
 )
 @click.option(
     "--correction",

@@ -8,13 +8,13 @@ such blocks, Q-Diffusion by residual and transformer blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import networkx as nx
 import onnx_ir as ir
 
-from qncd_deploy.export.graph import Inputs
+from qncd_deploy.export.graph import Flow, Inputs
 from qncd_deploy.export.passes.common import weighted_ops
 
 MOST_LAYERS = 16
@@ -44,11 +44,11 @@ def find_blocks(model: ir.Model, inputs: Inputs, layers: Set[str]) -> tuple[Bloc
     order = {node: place for place, node in enumerate(model.graph)}
     weights = {node: weight.name for node, weight in weighted_ops(model.graph) if weight.name in layers}
     taken: set[ir.Node] = set()
-    blocks = []
+    blocks, sources = [], Flow(model, inputs).sources
     for region in sorted(_regions(model, inputs, weights), key=len, reverse=True):
         inside = region & weights.keys()
         if 0 < len(inside) <= MOST_LAYERS and not region & taken:
-            region = _with_feeders(region, inputs)
+            region = _with_feeders(region, sources, inputs.sample)
             taken |= region
             blocks.append(_block(region, order, weights))
     blocks += [_block({node}, order, weights) for node in weights if node not in taken]
@@ -63,7 +63,7 @@ def _regions(model: ir.Model, inputs: Inputs, weights: Iterable[ir.Node]) -> lis
     regions = []
     for add in [node for node in flow if node is not _SOURCE and node.op_type == "Add" and flow.in_degree(node) == 2]:
         region = {add} | (nx.ancestors(flow, add) & nx.descendants(flow, idom[add]))
-        exits = {node for node in region - {add} for user in _users(node) if user not in region}
+        exits = {node for node in region - {add} for user in node.successors() if user not in region}
         if not exits and region & weighted:
             regions.append(region)
     return regions
@@ -96,7 +96,7 @@ def _concatenation(value: ir.Value, reader: ir.Node) -> ir.Node | None:
     """The Concat that joins value with what the other half of a split layer reads."""
     if reader.op_type != "Conv":
         return None
-    for add in _users(reader):
+    for add in reader.successors():
         if add.op_type != "Add":
             continue
         halves = [operand.producer() for operand in add.inputs]
@@ -109,36 +109,18 @@ def _concatenation(value: ir.Value, reader: ir.Node) -> ir.Node | None:
     return None
 
 
-def _with_feeders(region: set[ir.Node], inputs: Inputs) -> set[ir.Node]:
+def _with_feeders(region: set[ir.Node], sources: Mapping[ir.Value, frozenset[str]], sample: str) -> set[ir.Node]:
     """The region and what computes for it alone beside the sample's path: projections of the time or of a condition."""
     grown, queue = set(region), list(region)
     while queue:
         for value in queue.pop().inputs:
             node = None if value is None else value.producer()
-            if node is None or node in grown or _depends_on(value, inputs.sample):
+            if node is None or node in grown or sample in sources.get(value, ()):
                 continue
-            if all(user in grown for user in _users(node)):
+            if all(user in grown for user in node.successors()):
                 grown.add(node)
                 queue.append(node)
     return grown
-
-
-def _depends_on(value: ir.Value, name: str) -> bool:
-    queue, seen = [value], {value}
-    while queue:
-        current = queue.pop()
-        if current.name == name:
-            return True
-        node = current.producer()
-        for source in () if node is None else node.inputs:
-            if source is not None and source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return False
-
-
-def _users(node: ir.Node) -> list[ir.Node]:
-    return [user for output in node.outputs for user in output.consumers()]
 
 
 def _block(region: Set[ir.Node], order: dict[ir.Node, int], weights: dict[ir.Node, str]) -> Block:

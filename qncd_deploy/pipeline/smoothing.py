@@ -165,7 +165,7 @@ def _blocks(
     embeddings = [edge for block in blocks for edge in block.emb]
     decisions = {}
     with probing(network.model, [*edges, *embeddings], scratch) as probe:
-        some = calib.take(np.unique(np.linspace(0, len(calib) - 1, min(RANGE_ROWS, len(calib))).astype(int)))
+        some = spread_rows(calib, RANGE_ROWS)
         seen = observe(probe, counted(network, some, tick), edges, row_bytes=probe.row_bytes)
         spoken = fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
         for edge, fit, held_out in edge_samples(probe, network, calib, edges):

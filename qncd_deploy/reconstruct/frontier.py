@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -25,10 +25,7 @@ class Frontier:
         self._arrays: dict[str, np.ndarray] = {}
         self._fixed: dict[str, Tensor] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays or name in self._fixed
-
-    def rows(self, names: Iterator[str] | tuple[str, ...], rows: slice | np.ndarray) -> dict[str, Tensor]:
+    def rows(self, names: Sequence[str], rows: slice | np.ndarray) -> dict[str, Tensor]:
         """Copies of some rows of several tensors."""
         return {
             name: self._fixed[name] if name in self._fixed else torch.from_numpy(np.array(self._arrays[name][rows]))

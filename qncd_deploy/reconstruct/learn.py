@@ -146,7 +146,7 @@ def learn(
             break
     if preset.patience:
         block.restore(best)
-    if preset.steps_iterations:
+    if preset.steps_iterations and _free_steps(block):
         _steps(block, rows, train, preset, pick)
     after = _held_out_error(block, rows, held_out, preset.batch)
     if not after < before:
