@@ -156,6 +156,17 @@ def test_sqnr_of_the_histogram_is_that_of_the_values(name: str, bits: int, shrin
     assert stats_sqnr_db(stats_of(x), grid) == pytest.approx(measured, abs=0.15)
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("grid", [(0.1, -128, 127), (0.03, -40, 215), (0.7, -8, 7), (1e-4, -8, 7)])
+def test_running_sums_add_up_what_every_bin_loses(name: str, grid: tuple[float, int, int]) -> None:
+    stats, scale, (qmin, qmax) = stats_of(SAMPLES[name].astype(np.float32)), np.float32(grid[0]), grid[1:]
+    centers, counts = stats.occupied()
+    lost = (centers - float(scale) * np.clip(np.rint(centers / float(scale)), qmin, qmax)) ** 2
+    expected = lost @ counts / stats.count + stats.bin_width**2 / 12
+    # cumulated sums of squares cancel: 1e-16 of the power, times some thousand bins
+    assert stats_error(stats, Grid(scale, qmin, qmax)) == pytest.approx(expected, abs=1e-12 * stats.mean_square)
+
+
 def test_bins_a_quarter_of_a_step_wide_still_give_the_uniform_rounding_error() -> None:
     """Values spread evenly lose scale^2 / 12; the histogram says so although it knows them to a bin only."""
     even, outlier = stats_of((np.arange(1 << 20) + 0.5) * 2.0**-20), stats_of(np.array([100.0]))

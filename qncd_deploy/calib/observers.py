@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -92,6 +93,13 @@ class TensorStats:
         """Centers (unit of x, float64) and counts of the bins that hold anything, in ascending order."""
         index = np.flatnonzero(self.counts)
         return (index - HALF_BINS + 0.5) * self.bin_width, self.counts[index]
+
+    @cached_property
+    def running_sums(self) -> np.ndarray:
+        """(3, n + 1) float64: column k sums 1, center and center**2 over all values of the first k occupied bins."""
+        centers, counts = self.occupied()
+        powers = np.stack([np.ones_like(centers), centers, centers**2]) * counts
+        return np.concatenate([np.zeros((3, 1)), np.cumsum(powers, axis=1)], axis=1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for an npz file; from_arrays gives an equal value back, bit for bit."""

@@ -135,7 +135,7 @@ def sample_command(
     "--fit-size",
     type=click.IntRange(2),
     default=32,
-    help="Pictures to fit on; the choice is made on twice as many, and confirmed on as many again.",
+    help="Pictures to fit on; the choice is made on as many others, and confirmed on twice as many.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option

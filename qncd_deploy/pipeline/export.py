@@ -41,6 +41,8 @@ from qncd_deploy.runtime import Bundle
 
 GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx"}
 LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy", "scipy")
+ENTRANTS = 2
+"""Methods that auto chooses among on the second CPU engine and those after it."""
 CHECKED_ROWS = 256
 """Calibration rows on which a network that cannot sample is compared with its float twin."""
 
@@ -260,7 +262,7 @@ def _decision(name: str, smoothing: Smoothing) -> dict[str, Any]:
 
 
 def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:
-    """Tables for every CPU engine of this machine, by engine id. The first one's finalists are the others' entrants:
+    """Tables for every CPU engine of this machine, by engine id. The first one's best methods are the others' entrants:
     which corrections suit a network depends little on who runs it, how large they must be does.
     """
     methods = None if options.correction == "auto" else (options.correction,)
@@ -281,7 +283,7 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
         with progress.stage(f"corrections for {backend.name}") as tick:
             fitted = fit(bundle, fit_options, work, tick)
         if options.correction == "auto":
-            shortlist = tuple(name for name in fitted.figures if name in METHODS)
+            shortlist = tuple(name for name in fitted.order(fitted.figures) if name in METHODS)[:ENTRANTS]
         else:
             fitted = replace(fitted, choice=options.correction)
         found[make_engine_id(backend.name)] = fitted

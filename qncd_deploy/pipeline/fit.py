@@ -55,7 +55,7 @@ class FitOptions:
     """What to fit for; None is the bundle's own choice.
 
     methods: of METHODS, None for all;  shortlist: of these, the ones that auto chooses among, None for all;  size:
-    pictures to fit on, the choice is made on twice as many;  blobs: what `qncd build` compiled, since tables are of the
+    pictures to fit on, the choice is made on as many others and confirmed on twice as many;  blobs: what `qncd build` compiled, since tables are of the
     engine that runs them.
     """
 
@@ -65,7 +65,7 @@ class FitOptions:
     methods: tuple[str, ...] | None = None
     shortlist: tuple[str, ...] | None = None
     objective: str = "shift"
-    size: int = 20
+    size: int = 32
     seed: int = 0
     batch_size: int | None = None
     threads: int | None = None
@@ -81,7 +81,7 @@ class FitOptions:
 
     @property
     def choice_pictures(self) -> range:
-        return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + 2 * self.size)
+        return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + self.size)
 
     @property
     def confirming_pictures(self) -> range:
@@ -183,7 +183,7 @@ class _Work:
     def __init__(self, tick: Tick, options: FitOptions, *, calls: int) -> None:
         methods = len(options.methods or METHODS)
         fits = (2 + methods) * options.size
-        trials = (2 + 6 + 3 + methods / 2) * len(options.choice_pictures)
+        trials = (8 + methods / 2) * len(options.choice_pictures) + 3 * len(options.confirming_pictures)
         self._total = round(calls * (fits + trials))
         self._done = 0
         self._tick = tick

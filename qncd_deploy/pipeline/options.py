@@ -41,7 +41,7 @@ class ExportOptions:
     choose from by timestep, the format's own among them; () for these throughout. alpha: None tries several. recon:
     "auto" learns the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the held-out error
     (False is for studies of the method itself). fit_size: pictures that corrections are fitted on; auto chooses on
-    twice as many.
+    as many others.
     """
 
     checkpoint: Path
@@ -75,7 +75,7 @@ class ExportOptions:
     recon: str = "auto"
     correction: str = "auto"
     objective: str = "shift"
-    fit_size: int = 20
+    fit_size: int = 32
     eval_size: int = 64
     seed: int = 0
     gate: bool = True

@@ -176,14 +176,16 @@ def positive_scale(span: np.ndarray | float, steps: int) -> np.ndarray:
 def stats_error(stats: TensorStats, grid: Grid) -> float:
     """Mean (x - Q(x))**2 estimated from the histogram, values spread evenly within their bin (width w).
 
-    For a bin inside one rounding cell, or beyond the clipping level, this is exact: (center - q)^2 + w^2 / 12.
+    For a bin inside one rounding cell, or beyond the clipping level, this is exact: (center - q)^2 + w^2 / 12. A cell's
+    bins are neighbours, so running sums give its share: S2 - 2 q S1 + q^2 S0 over its centers.
     """
     assert grid.axis is None
-    centers, counts = stats.occupied()
-    scale = float(grid.scale)
-    q = np.clip(np.rint(centers / scale), grid.qmin, grid.qmax)
-    error = (centers - scale * q) ** 2
-    return float(error @ counts) / stats.count + stats.bin_width**2 / 12
+    centers, _ = stats.occupied()
+    levels = float(grid.scale) * np.arange(grid.qmin, grid.qmax + 1)
+    inner = np.searchsorted(centers, (levels[:-1] + levels[1:]) / 2)
+    s0, s1, s2 = np.diff(stats.running_sums[:, np.concatenate([[0], inner, [len(centers)]])], axis=1)
+    error = float(np.sum(s2 - 2 * levels * s1 + levels**2 * s0))
+    return max(error, 0.0) / stats.count + stats.bin_width**2 / 12
 
 
 def stats_sqnr_db(stats: TensorStats, grid: Grid) -> float:
