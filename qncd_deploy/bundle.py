@@ -28,7 +28,8 @@ size.
 
 @dataclass(frozen=True)
 class ConditionFacts:
-    """How a class reaches the network: "class-tokens" (a row of the embedding table) or "class-labels" (its number).
+    """How a class reaches the network: "class-tokens" (a row of the embedding table), "class-labels" (its number), or
+    "text" (row k of the prompt table is the bundle's prompt k; the null class, the last row, is the negative prompt).
 
     classes: how many there are, the null class of classifier-free guidance included;  null_class: its number, if any.
     """
@@ -44,12 +45,39 @@ class ConditionFacts:
 
 
 @dataclass(frozen=True)
+class TextFacts:
+    """How prompts become a condition, see prompts.py; the bundle's own are in the file of the role "prompts".
+
+    encoders: text encoders, one or two;  max_length: tokens that each reads, the prompt cut or padded to as many;
+    time_ids: the picture's sizes that the network is told besides (original height and width, top and left of the crop,
+    height and width asked for), None where it takes neither these nor the pooled text;
+    zero_null: without a negative prompt the null row is zeros, not the encoders' output for "".
+    """
+
+    encoders: int
+    max_length: int
+    time_ids: tuple[int, ...] | None = None
+    zero_null: bool = False
+
+    @property
+    def roles(self) -> tuple[tuple[str, str], ...]:
+        """The bundle's (tokenizer, text encoder) by role, in the order in which their tokens are joined."""
+        return (("tokenizer", "text-encoder"), ("tokenizer-2", "text-encoder-2"))[: self.encoders]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TextFacts:
+        time_ids = data["time_ids"]
+        return cls(**{**data, "time_ids": None if time_ids is None else tuple(time_ids)})
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """All that the host loop needs to know of a network.
 
     inputs: the UNet's inputs;  latent_shape, image_shape: (C, H, W), image_shape None when there is no decoder;
     schedule: Schedule.to_json() or None for a bring-your-own graph without one;
-    sampler: the defaults {"scheduler", "n_steps", "eta"};  guidance_scale: 1 is off.
+    sampler: the defaults {"scheduler", "n_steps", "eta"};  guidance_scale: 1 is off;
+    text: how prompts are encoded, None where classes or nothing condition the network.
     """
 
     family: str
@@ -60,6 +88,7 @@ class ModelFacts:
     sampler: Mapping[str, Any] | None
     guidance_scale: float
     condition: ConditionFacts | None
+    text: TextFacts | None = None
 
     @property
     def picture_shape(self) -> tuple[int, ...] | None:
@@ -68,7 +97,7 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelFacts:
-        image_shape, condition = data["image_shape"], data["condition"]
+        image_shape, condition, text = data["image_shape"], data["condition"], data.get("text")
         return cls(
             family=data["family"],
             inputs=tuple(TensorSpec.from_json(spec) for spec in data["inputs"]),
@@ -78,6 +107,7 @@ class ModelFacts:
             sampler=data["sampler"],
             guidance_scale=float(data["guidance_scale"]),
             condition=None if condition is None else ConditionFacts(**condition),
+            text=None if text is None else TextFacts.from_json(text),
         )
 
 
@@ -92,6 +122,7 @@ class Manifest:
     """manifest.json as a value.
 
     roles: what each file is for, {"master", "ort", "trt", "float", "decoder", "plan", "corrections", ...: file name};
+    a text model's are "prompts", "prompt-embedding" and those of TextFacts.roles;
     inputs: sha256 of what the bundle was made from, by bare name;  recipe: every option of the export that can change
     the result;  versions: of the libraries that made it;  quality: figures measured at export;  files: filled by
     write_manifest.

@@ -14,6 +14,7 @@ from qncd_deploy.bundle import (
     ConditionFacts,
     Manifest,
     ModelFacts,
+    TextFacts,
     check_files,
     file_problems,
     read_manifest,
@@ -59,6 +60,18 @@ def folder(tmp_path: Path) -> Path:
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_how_prompts_are_encoded_survives_the_round_trip(folder: Path) -> None:
+    text = TextFacts(2, 77, time_ids=(64, 64, 0, 0, 64, 64), zero_null=True)
+    model = replace(MODEL, condition=ConditionFacts("text", 33, 32), text=text)
+    write_manifest(folder, replace(MANIFEST, model=model))
+    assert read_manifest(folder).model == model
+    assert text.roles == (("tokenizer", "text-encoder"), ("tokenizer-2", "text-encoder-2"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["model"]["text"]  # as bundles were written before there was text
+    edit(folder, **manifest)
+    assert read_manifest(folder).model.text is None
 
 
 def test_a_manifest_survives_the_round_trip(folder: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 
 ORDER = (
-    "errors", "specs", "files", "bundle", "schedule", "steps", "stepping", "correct", "sample", "study", "checkpoint",
-    "models", "calib", "quant", "export", "engines", "reconstruct", "pictures", "sampler", "runtime", "evaluate",
-    "pipeline", "cli",
+    "errors", "specs", "files", "bundle", "prompts", "schedule", "steps", "stepping", "correct", "sample", "study",
+    "checkpoint", "models", "calib", "quant", "export", "engines", "reconstruct", "pictures", "sampler", "runtime",
+    "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (

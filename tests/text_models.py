@@ -1,0 +1,156 @@
+"""Small twins of Stable Diffusion as diffusers pipelines: the same classes with few channels and random weights.
+
+    sd15    one CLIP text encoder, epsilon, PNDM                    attention heads fixed in number
+    sd21    one OpenCLIP text encoder (GELU, pads with "!"), v-prediction, DDIM, linear projections
+    sdxl    two text encoders, pooled text and picture sizes beside the tokens, Euler; three levels
+    turbo   sdxl with Euler-ancestral and trailing timesteps, made for one to four steps without guidance
+
+`pipe.save_pretrained(folder)` writes the folder that users have. Latents are 8x8, pictures 64x64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from export_helpers import randomize
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WORDS = ("a", "photo", "of", "the", "cat", "dog", "red", "astronaut", "riding", "horse", "on", "mars", "watercolour")
+TOKENS = 77
+LATENTS = 8
+PICTURE = 64
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SCHEDULER: dict[str, Any] = {**BETAS, "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+BLOCKS: dict[str, Any] = {
+    **{"sample_size": LATENTS, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 8},
+    **{"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (16, 32)},
+    **{"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 2, "cross_attention_dim": 24},
+}
+AUTOENCODER: dict[str, Any] = {
+    **{"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4},
+    **{"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
+}
+XL_BLOCKS: dict[str, Any] = {
+    **{"block_out_channels": (16, 32, 32), "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 2)},
+    **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")},
+    **{"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True},
+    **{"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "cross_attention_dim": 24 + 32},
+    **{"projection_class_embeddings_input_dim": 6 * 8 + 20},
+}
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(tokens, merges) in CLIP's own order: bytes ("!" is 0), bytes that end a word, merges, start and end of text."""
+    symbols = sorted(ByteLevel.alphabet(), key=lambda symbol: (ord(symbol) > 255, ord(symbol)))
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merges[(parts[0], parts[1])] = None
+            parts[:2] = [parts[0] + parts[1]]
+    tokens += [left + right for left, right in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}, list(merges)
+
+
+def tokenizer(*, pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    tokens, merges = vocabulary()
+    return CLIPTokenizer(vocab=tokens, merges=merges, pad_token=pad, model_max_length=TOKENS)
+
+
+def text_config(width: int, layers: int, act: str, *, projection: int = 20) -> CLIPTextConfig:
+    tokens, _ = vocabulary()
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        hidden_act=act,
+        projection_dim=projection,
+        bos_token_id=tokens["<|startoftext|>"],
+        eos_token_id=tokens["<|endoftext|>"],
+        pad_token_id=tokens["<|endoftext|>"],
+    )
+
+
+def sd15(**unet: Any) -> StableDiffusionPipeline:
+    scheduler = PNDMScheduler(
+        **BETAS, steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True, timestep_spacing="leading"
+    )
+    return _one_encoder(scheduler, tokenizer(), text_config(24, 3, "quick_gelu"), unet)
+
+
+def sd21(**unet: Any) -> StableDiffusionPipeline:
+    scheduler = DDIMScheduler(**SCHEDULER, prediction_type="v_prediction", timestep_spacing="leading")
+    unet = {"use_linear_projection": True, "attention_head_dim": (1, 2), **unet}
+    return _one_encoder(scheduler, tokenizer(pad="!"), text_config(24, 2, "gelu"), unet)
+
+
+def sdxl(**unet: Any) -> StableDiffusionXLPipeline:
+    return _two_encoders(
+        EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", interpolation_type="linear"), unet
+    )
+
+
+def turbo(**unet: Any) -> StableDiffusionXLPipeline:
+    return _two_encoders(EulerAncestralDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="trailing"), unet)
+
+
+TWINS = {"sd15": sd15, "sd21": sd21, "sdxl": sdxl, "turbo": turbo}
+
+
+def _one_encoder(
+    scheduler: Any, words: CLIPTokenizer, config: CLIPTextConfig, unet: dict[str, Any]
+) -> StableDiffusionPipeline:
+    return _ready(
+        StableDiffusionPipeline(
+            vae=randomize(AutoencoderKL(**AUTOENCODER, scaling_factor=0.18215), 1),
+            text_encoder=randomize(CLIPTextModel(config), 2),
+            tokenizer=words,
+            unet=randomize(UNet2DConditionModel(**{**BLOCKS, **unet}), 3),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
+
+
+def _two_encoders(scheduler: Any, unet: dict[str, Any]) -> StableDiffusionXLPipeline:
+    return _ready(
+        StableDiffusionXLPipeline(
+            vae=randomize(AutoencoderKL(**AUTOENCODER, scaling_factor=0.13025), 1),
+            text_encoder=randomize(CLIPTextModel(text_config(24, 3, "quick_gelu")), 2),
+            text_encoder_2=randomize(CLIPTextModelWithProjection(text_config(32, 3, "gelu")), 4),
+            tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(pad="!"),
+            unet=randomize(UNet2DConditionModel(**{**BLOCKS, **XL_BLOCKS, **unet}), 3),
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
+    )
+
+
+def _ready(pipe: DiffusionPipeline) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    return pipe
