@@ -43,7 +43,8 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read `.ckpt`, `.pt`, `.pth`, `.bin` (torch, weights only) or `.safetensors`; the tensors are mapped, not copied.
 
-    The state dict may be bare, or lie under `state_dict`, `model_state_dict`, `ema`, `model` or `module`.
+    The state dict may be bare, or lie under `state_dict`, `model_state_dict`, `ema`, `model` or `module`; of a list,
+    as ermongroup/ddim writes it, the last one is taken: its averaged weights.
     Raises: CheckpointError if the file is missing, truncated, of another kind, or holds anything but weights.
     """
     try:
@@ -182,6 +183,9 @@ class _Inert:
 
 def _state_dict(data: Any) -> Mapping[str, Any]:
     """Follow the containers of `_CONTAINERS` down to the mapping that holds the tensors."""
+    if isinstance(data, list | tuple):  # [model, optimizer, epoch, step, averaged weights]
+        found = [state for state in map(_state_dict, data) if any(isinstance(v, Tensor) for v in state.values())]
+        return found[-1] if found else {}
     if not isinstance(data, Mapping):
         return {}
     inner = next((data[key] for key in _CONTAINERS if isinstance(data.get(key), Mapping)), None)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from qncd_deploy.checkpoint import Checkpoint, finite_float32, load_weights, read_checkpoint
+from qncd_deploy.checkpoint import Checkpoint, finite_float32, load_weights
 from qncd_deploy.errors import CheckpointError, UsageError
 from qncd_deploy.models.first_stage import (
     UNUSED_PREFIXES,
@@ -45,9 +45,9 @@ _TEXT_ENCODERS = ("BERTEmbedder", "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"
 _UNCONDITIONAL = "__is_unconditional__"
 
 
-def read(path: Path, config: Path | None, *, null_class: int | None, scheduler: str | None) -> SourceModel:
+def read(checkpoint: Checkpoint, config: Path | None, *, null_class: int | None, scheduler: str | None) -> SourceModel:
     """Read a CompVis checkpoint; see `load_source` for the arguments and the errors."""
-    checkpoint = read_checkpoint(path)
+    path = checkpoint.path
     _check_family(checkpoint)
     config = _config_beside(path) if config is None else config
     model = read_config(config).section("model")

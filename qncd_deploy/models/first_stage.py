@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 
 from qncd_deploy.checkpoint import Source
+from qncd_deploy.models.ddpm_layout import GROUPS, ddpm_source
 from qncd_deploy.models.ldm_config import Section
 
 UNUSED_PREFIXES = ("encoder.", "quant_conv.", "loss.", "model_ema.")
 """What a CompVis first stage holds and decoding does not need."""
 
-_GROUPS = 32
 _FIRST_STAGE_KNOWN: dict[str, object] = {
     **dict.fromkeys(["embed_dim", "n_embed", "ddconfig"]),
     # How it was trained: nothing that decoding computes.
@@ -38,14 +37,6 @@ _DDCONFIG_KNOWN: dict[str, object] = {
     "tanh_out": False,
     "give_pre_end": False,
     "use_linear_attn": False,
-}
-_INNER = {
-    "conv_shortcut": "nin_shortcut",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
 }
 
 
@@ -109,8 +100,8 @@ def read_first_stage_params(section: Section, *, vq: bool) -> FirstStageParams:
     net = section.section("ddconfig")
     net.only(_DDCONFIG_KNOWN)
     channels = tuple(net.need("ch", int) * mult for mult in net.need_ints("ch_mult"))
-    if not channels or any(channel % _GROUPS for channel in channels):
-        net.fail("ch", f"times ch_mult gives {list(channels)}, expected multiples of {_GROUPS}.")
+    if not channels or any(channel % GROUPS for channel in channels):
+        net.fail("ch", f"times ch_mult gives {list(channels)}, expected multiples of {GROUPS}.")
     resolution, attention = net.need("resolution", int), net.need_ints("attn_resolutions")
     return FirstStageParams(
         embed_dim=section.need("embed_dim", int),
@@ -132,7 +123,7 @@ def build_decoder(params: FirstStageParams, scale_factor: float) -> LatentDecode
             up_block_types=tuple(f"{'Attn' if on else ''}UpDecoderBlock2D" for on in reversed(params.attention)),
             block_out_channels=params.channels,
             layers_per_block=params.num_res_blocks,
-            norm_num_groups=_GROUPS,
+            norm_num_groups=GROUPS,
         )
         codebook = None if params.codes is None else Codebook(params.codes, params.embed_dim)
         return LatentDecoder(decoder, nn.Conv2d(params.embed_dim, params.z_channels, 1), codebook, scale_factor)
@@ -141,7 +132,10 @@ def build_decoder(params: FirstStageParams, scale_factor: float) -> LatentDecode
 def decoder_sources(decoder: LatentDecoder) -> dict[str, Source]:
     """Where each parameter comes from, by CompVis names below `first_stage_model.`."""
     levels = len(decoder.decoder.up_blocks)
-    return {name: _source(name, tuple(value.shape), levels) for name, value in decoder.state_dict().items()}
+    return {
+        name: ddpm_source(name.replace("codebook.", "quantize."), tuple(value.shape), levels=levels)
+        for name, value in decoder.state_dict().items()
+    }
 
 
 def decoder_entry(key: str, dim: int | None) -> str:
@@ -160,16 +154,3 @@ def decoder_entry(key: str, dim: int | None) -> str:
         if at == dim and re.match(pattern, key):
             return entry
     return "ddconfig.ch and ddconfig.ch_mult" if dim is not None else "ddconfig.ch_mult and ddconfig.num_res_blocks"
-
-
-def _source(name: str, shape: tuple[int, ...], levels: int) -> Source:
-    key = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    key = key.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_norm_out", "norm_out")
-    key = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)  # CompVis counts from the picture
-    key = key.replace(".resnets.", ".block.").replace(".attentions.", ".attn.").replace("upsamplers.0", "upsample")
-    key = key.replace("codebook.", "quantize.")
-    for ours, theirs in _INNER.items():
-        key = key.replace(f".{ours}.", f".{theirs}.")
-    if re.search(r"\.(q|k|v|proj_out)\.weight$", key):  # 1x1 convolutions there, Linear here
-        return Source(key, (*shape, 1, 1), partial(torch.reshape, shape=shape))
-    return Source(key, shape)

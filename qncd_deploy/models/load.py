@@ -28,9 +28,10 @@ def artifact_name(path: Path) -> str:
 def load_source(
     path: Path, *, config: Path | None = None, null_class: int | None = None, scheduler: str | None = None
 ) -> SourceModel:
-    """Read a CompVis checkpoint with its YAML, or a diffusers folder.
+    """Read a CompVis checkpoint with its YAML, a DDPM checkpoint in pixels, or a diffusers folder.
 
-    Args:   config: the YAML of a CompVis checkpoint; by default `config.yaml` beside it, else `<stem>.yaml`.
+    Args:   config: the YAML of a checkpoint; by default `config.yaml` beside it, else `<stem>.yaml`. DDPM can do
+                without, and also finds `<stem>.yml`.
             null_class: the class of classifier-free guidance, where the config does not say or says otherwise.
             scheduler: the sampler to use, by our name; by default the folder's own, else "ddim".
     Raises: CheckpointError if anything is missing, damaged or unsupported; UsageError if an argument does not apply;
@@ -45,8 +46,11 @@ def load_source(
 
         source = diffusers_folder.read(path, null_class=null_class, scheduler=scheduler)
     else:
-        from qncd_deploy.models import compvis
+        from qncd_deploy.checkpoint import read_checkpoint
+        from qncd_deploy.models import compvis, ddpm
 
-        source = compvis.read(path, config, null_class=null_class, scheduler=scheduler)
+        checkpoint = read_checkpoint(path)
+        reader = ddpm if ddpm.is_ddpm(checkpoint) else compvis
+        source = reader.read(checkpoint, config, null_class=null_class, scheduler=scheduler)
     home = path if path.is_dir() else path.parent
     return replace(source, companions={name: home / name for name in COMPANIONS if (home / name).is_file()})
