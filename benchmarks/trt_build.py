@@ -107,10 +107,8 @@ def blocks(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 def measure(library: Library, bundle: Bundle, graph: Path, rows: int) -> tuple[BuiltEngine, float, bool]:
     """The engine, the processor's seconds of its first build, and whether a second one has the same bytes."""
-    embedding = bundle.class_embedding
-    tokens = () if embedding is None else embedding.shape[1:]
     inputs, _ = graph_specs(library, graph)
-    shapes = input_shapes(inputs, rows=rows, state=bundle.manifest.model.latent_shape, tokens=tokens)
+    shapes = input_shapes(inputs, rows=rows, state=bundle.manifest.model.latent_shape, conditions=bundle.embedding)
     options = BuildOptions((shapes,), TARGETS)
     started = time.process_time()
     built = build(library, graph, options)

@@ -29,6 +29,7 @@ from qncd_deploy.engines.base import (
     make_engine_id,
     open_engine,
 )
+from qncd_deploy.engines.eps_model import input_roles
 from qncd_deploy.engines.stepped import SteppedEngine
 from qncd_deploy.engines.stored import stored_source
 from qncd_deploy.errors import BundleError, EngineError, UsageError
@@ -267,7 +268,7 @@ class Bundle:
                 schedule=self.schedule,
                 unet=unet,
                 decoder=engines.get("decoder"),
-                embedding=self.class_embedding,
+                embedding=self.embedding,
             )
             return Sampler(
                 network,
@@ -290,17 +291,22 @@ class Bundle:
         return self.manifest.files[self.manifest.roles[role]].sha256
 
     @cached_property
-    def class_embedding(self) -> np.ndarray | None:
-        """(classes, L, D) float32 where classes reach the network as tokens, else None. Raises BundleError."""
+    def embedding(self) -> Mapping[str, np.ndarray] | None:
+        """What the network is told of every class, (classes, ...) by graph input; None without classes. Raises
+        BundleError.
+        """
         condition = self.manifest.model.condition
-        if condition is None or condition.kind != "class-tokens":
+        if condition is None:
             return None
+        (told,) = input_roles({spec.name: spec for spec in self.manifest.model.inputs}).conditions
+        if condition.kind == "class-labels":
+            return {told.name: np.arange(condition.classes)}
         path = self.file("class-embedding")
         try:
             table: np.ndarray = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as exc:
             raise BundleError(f"{path}: not a readable array ({exc}). Run `qncd export` again.") from exc
-        return table
+        return {told.name: table}
 
     def _load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
         """Give compiled networks to the engines (by their graphs' roles) of whose graphs they were made.

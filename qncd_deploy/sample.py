@@ -17,7 +17,7 @@ from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.errors import LabelError, ScheduleError, UsageError
 from qncd_deploy.schedule import Prediction
-from qncd_deploy.specs import Array, EpsModel, NoiseSource
+from qncd_deploy.specs import Array, Conditions, EpsModel, NoiseSource
 from qncd_deploy.steps import Memory, Step, absorb, advance, amplify, eps_from_output, output_per_eps
 
 
@@ -75,15 +75,19 @@ def labels_for(
 
 
 def guided(
-    model: Callable[[Array, float, Array | None], Array], cond: Array | None, uncond: Array | None, scale: float
+    model: Callable[[Array, float, Conditions | None], Array],
+    cond: Conditions | None,
+    uncond: Conditions | None,
+    scale: float,
 ) -> EpsModel:
     """Classifier-free guidance u + scale (c - u) (Ho and Salimans, arXiv:2207.12598) as one call on [uncond; cond].
 
-    model(x, t, cond); cond (N, ...); uncond (N, ...) or (1, ...). Without uncond, or with scale 1, a plain call.
+    model(x, t, cond); cond (N, ...) by graph input; uncond the same, or (1, ...). Without uncond, or with scale 1, a
+    plain call.
     """
     if uncond is None or cond is None or scale == 1:
         return lambda x, t: model(x, t, cond)
-    both = np.concatenate([np.broadcast_to(uncond, cond.shape), cond])
+    both = {name: np.concatenate([np.broadcast_to(uncond[name], rows.shape), rows]) for name, rows in cond.items()}
 
     def predict(x: Array, t: float) -> Array:
         without, given = np.split(model(np.concatenate([x, x]), t, both), 2)

@@ -6,7 +6,7 @@ host and brought there, a batch's result is brought back, and nothing waits in b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from qncd_deploy.errors import Diverged, LabelError, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
 from qncd_deploy.schedule import Schedule
-from qncd_deploy.specs import Array, Arrays, EpsModel, HostArrays
+from qncd_deploy.specs import Array, Arrays, Conditions, EpsModel, HostArrays
 from qncd_deploy.steps import Memory, SamplerConfig, Step, initial_scale
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Network:
     """The open engines of one bundle and what the loop must know of them.
 
     place: the bundle, for messages;  source: hash of the graph and its weights;  decoder: None if the latents are the
-    pictures;  embedding: (classes, L, D) float32 for a condition of class tokens, else None.
+    pictures;  embedding: what the network is told of every class, (classes, ...) by graph input; None without classes.
     """
 
     place: Path
@@ -49,7 +49,7 @@ class Network:
     schedule: Schedule
     unet: BaseEngine
     decoder: BaseEngine | None
-    embedding: np.ndarray | None
+    embedding: Mapping[str, np.ndarray] | None
 
 
 class Sampler:
@@ -186,9 +186,9 @@ class Sampler:
         condition = self.network.facts.condition
         cond = uncond = None
         if condition is not None:
-            cond = arrays.put(self._condition_rows(self.labels(indices, labels)))
+            cond = self._conditions(self.labels(indices, labels), arrays)
             if self.guidance_scale != 1:
-                uncond = arrays.put(self._condition_rows(np.array([condition.null_class], dtype=np.int64)))
+                uncond = self._conditions(np.array([condition.null_class], dtype=np.int64), arrays)
         model = EngineModel.of(self.network.unet, rows=self._rows(batch_size or len(indices)))
         return guided(model, cond, uncond, self.guidance_scale)
 
@@ -251,8 +251,9 @@ class Sampler:
             )
         return to_uint8(images)
 
-    def _condition_rows(self, labels: np.ndarray) -> np.ndarray:
-        return labels if self.network.embedding is None else self.network.embedding[labels]
+    def _conditions(self, labels: np.ndarray, arrays: Arrays) -> Conditions:
+        assert self.network.embedding is not None, "a network with classes comes with a row for each"
+        return {name: arrays.put(table[labels]) for name, table in self.network.embedding.items()}
 
     def _rows(self, batch_size: int) -> int:
         """Rows of one network call: guidance asks for every picture twice."""
@@ -260,13 +261,13 @@ class Sampler:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Input shapes of the network for a full batch."""
-        embedding, unet = self.network.embedding, self.network.unet
+        unet = self.network.unet
         rows = self._rows(self.batch_size)
         return input_shapes(
             unet.inputs,
             rows=group_rows(rows, row_sizes(unet, input_roles(unet.inputs).sample, rows)),
             state=self.network.facts.latent_shape,
-            tokens=() if embedding is None else embedding.shape[1:],
+            conditions=self.network.embedding,
         )
 
 

@@ -11,6 +11,10 @@ import numpy as np
 Array = Any
 """A NumPy array or a device array with the same operators; the sampling loop never asks which."""
 
+Conditions = Mapping[str, Array]
+"""What the network is told beside state and timestep, by graph input name: (N, ...) each, a row for a row of the state
+(class tokens or prompts in "encoder_hidden_states", numbers in "class_labels", ...)."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

@@ -34,6 +34,11 @@ TOKENS = np.random.default_rng(0).normal(size=(SIZE, 3, 6)).astype(np.float32)
 NULL = np.zeros((1, 3, 6), np.float32)
 
 
+def tokens(given: np.ndarray, null: np.ndarray | None = None) -> ConditionRows:
+    name = "encoder_hidden_states"
+    return ConditionRows({name: given}, None if null is None else {name: null})
+
+
 def recipe(**changes) -> Recipe:
     base = Recipe(
         model_sha256="0" * 64,
@@ -42,7 +47,7 @@ def recipe(**changes) -> Recipe:
         latent_shape=SHAPE,
         size=SIZE,
         calls=3,
-        condition=ConditionRows("encoder_hidden_states", TOKENS, NULL),
+        condition=tokens(TOKENS, NULL),
         guidance_scale=1.5,
         batch_size=2,
     )
@@ -60,7 +65,7 @@ class Network:
             raise KeyboardInterrupt
         self.calls += 1
         out = np.float32(0.5) * x + np.float32(1e-3 * t) * np.sin(x)
-        return out if cond is None else out + cond.mean(axis=(1, 2), keepdims=True)[..., None]
+        return out if cond is None else out + cond["encoder_hidden_states"].mean(axis=(1, 2), keepdims=True)[..., None]
 
 
 def test_recorded_rows_are_what_the_network_saw(tmp_path: Path) -> None:
@@ -71,7 +76,9 @@ def test_recorded_rows_are_what_the_network_saw(tmp_path: Path) -> None:
     assert calls == [1, 3, 5]
     noise = PictureNoise(r.seed, range(FIRST_PICTURE, FIRST_PICTURE + SIZE), SHAPE)
     x = noise.initial() * initial_scale(r.schedule, r.sampler)
-    states = [*denoise(guided(Network(), TOKENS, NULL, 1.5), x, steps, noise=noise)]  # all pictures in one batch
+    states = [
+        *denoise(guided(Network(), r.condition.given, r.condition.null, 1.5), x, steps, noise=noise)
+    ]  # all pictures in one batch
     rows = 2 * SIZE
     assert {name: array.shape for name, array in arrays.items()} == {
         "sample": (3 * rows, *SHAPE),
@@ -93,7 +100,7 @@ def test_recorded_rows_are_what_the_network_saw(tmp_path: Path) -> None:
         ({"guidance_scale": 1.0}, {"sample", "timestep", "encoder_hidden_states"}),
         ({"condition": None}, {"sample", "timestep"}),
         (
-            {"condition": ConditionRows("encoder_hidden_states", TOKENS)},
+            {"condition": tokens(TOKENS)},
             {"sample", "timestep", "encoder_hidden_states"},
         ),
     ],
@@ -107,11 +114,31 @@ def test_class_labels_are_recorded_as_integers(tmp_path: Path) -> None:
     labels = np.arange(SIZE)
 
     def network(x, t, cond):
-        return x * cond.reshape(-1, 1, 1, 1).astype(np.float32) / 10
+        return x * cond["class_labels"].reshape(-1, 1, 1, 1).astype(np.float32) / 10
 
-    arrays = record(network, recipe(condition=ConditionRows("class_labels", labels, np.array([9]))), tmp_path).arrays
+    told = ConditionRows({"class_labels": labels}, {"class_labels": np.array([9])})
+    arrays = record(network, recipe(condition=told), tmp_path).arrays
     assert arrays["class_labels"].dtype == np.int64
     np.testing.assert_array_equal(arrays["class_labels"][: 2 * SIZE], [*labels, *[9] * SIZE])
+
+
+def test_conditions_of_several_inputs_are_recorded_side_by_side(tmp_path: Path) -> None:
+    pooled = np.arange(2.0 * SIZE, dtype=np.float32).reshape(SIZE, 2)
+    told = ConditionRows(
+        {"encoder_hidden_states": TOKENS, "p": pooled}, {"encoder_hidden_states": NULL, "p": 9 + NULL[:, 0, :2]}
+    )
+    arrays = record(Network(), recipe(condition=told), tmp_path).arrays
+    np.testing.assert_array_equal(arrays["p"][: 2 * SIZE], np.concatenate([pooled, np.full((SIZE, 2), 9)]))
+    np.testing.assert_array_equal(
+        arrays["encoder_hidden_states"], record(Network(), recipe(), tmp_path).arrays["encoder_hidden_states"]
+    )
+    assert recipe(condition=told).key != recipe().key
+
+
+def test_the_key_of_a_recipe_outlives_versions() -> None:
+    """Sets that were recorded before are found again."""
+    assert recipe(condition=None).key == "4a4d63c3824cfc6d"
+    assert recipe(condition=tokens(np.ones((SIZE, 3, 6), np.float32), NULL)).key == "293760b0c0f8ced1"
 
 
 @pytest.mark.parametrize("scheduler", ["plms", "euler", "dpmpp-2m", "ddpm"])
@@ -204,9 +231,9 @@ def test_the_key_covers_everything_that_decides_the_content() -> None:
         recipe(seed=1),
         recipe(batch_size=3),
         recipe(condition=None),
-        recipe(condition=ConditionRows("encoder_hidden_states", TOKENS + 1, NULL)),
-        recipe(condition=ConditionRows("encoder_hidden_states", TOKENS, NULL + 1)),
-        recipe(size=4, condition=ConditionRows("encoder_hidden_states", TOKENS[:4], NULL)),
+        recipe(condition=tokens(TOKENS + 1, NULL)),
+        recipe(condition=tokens(TOKENS, NULL + 1)),
+        recipe(size=4, condition=tokens(TOKENS[:4], NULL)),
     ]
     assert len({base.key, *(variant.key for variant in variants)}) == 1 + len(variants)
     assert recipe().key == base.key

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qncd_deploy.engines.base import BaseEngine
-from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_roles
+from qncd_deploy.engines.eps_model import EngineModel, fixed_rows, in_groups, input_roles, input_shapes
 from qncd_deploy.errors import EngineError
 from qncd_deploy.specs import TensorSpec
 
@@ -45,7 +45,7 @@ def rows_of(n: int) -> np.ndarray:
 def test_every_call_has_the_same_number_of_rows_and_every_row_its_own_result(n: int) -> None:
     engine = Recorder(SAMPLE, TIME, TOKENS)
     x, cond = rows_of(n), np.arange(2 * n, dtype=np.float32).reshape(n, 1, 2)
-    out = EngineModel.of(engine, rows=4)(x, 7.0, cond)
+    out = EngineModel.of(engine, rows=4)(x, 7.0, {"encoder_hidden_states": cond})
     np.testing.assert_array_equal(out, x + 7 + cond.sum((1, 2))[:, None, None, None])
     assert out.dtype == np.float32
     assert [call["sample"].shape[0] for call in engine.calls] == [4] * -(-n // 4)
@@ -88,7 +88,7 @@ def test_a_half_precision_graph_is_fed_halves_and_returns_floats() -> None:
 
 def test_labels_keep_their_integers() -> None:
     engine = Recorder(SAMPLE, TIME, LABELS)
-    EngineModel.of(engine, rows=3)(rows_of(2), 1.0, np.array([4, 5]))
+    EngineModel.of(engine, rows=3)(rows_of(2), 1.0, {"class_labels": np.array([4, 5])})
     np.testing.assert_array_equal(engine.calls[0]["class_labels"], [4, 5, 5])
 
 
@@ -101,8 +101,34 @@ def test_a_fractional_timestep_is_not_silently_cut() -> None:
 def test_a_condition_that_is_missing_or_unwanted_is_refused() -> None:
     with pytest.raises(EngineError, match="needs a condition for its input 'class_labels'"):
         EngineModel.of(Recorder(SAMPLE, TIME, LABELS), rows=2)(rows_of(2), 1.0, None)
-    with pytest.raises(EngineError, match="takes no condition, but was given one"):
-        EngineModel.of(Recorder(SAMPLE, TIME), rows=2)(rows_of(2), 1.0, np.zeros(2))
+    with pytest.raises(EngineError, match="takes no condition 'y', but was given one; those it takes: none"):
+        EngineModel.of(Recorder(SAMPLE, TIME), rows=2)(rows_of(2), 1.0, {"y": np.zeros(2)})
+    model = EngineModel.of(Recorder(SAMPLE, TIME, TOKENS), rows=2)
+    for shape in ((2, 1, 3), (2, 2), (2, 3, 2), (2,)):
+        with pytest.raises(
+            EngineError, match=r"input 'encoder_hidden_states' takes rows of shape \[1, 2\], but was given"
+        ):
+            model(rows_of(2), 1.0, {"encoder_hidden_states": np.zeros(shape, np.float32)})
+
+
+def test_conditions_reach_the_inputs_they_are_named_after_in_any_order() -> None:
+    pooled, sizes = TensorSpec("text_embeds", "float32", ("batch", 4)), TensorSpec("time_ids", "float32", ("batch", 6))
+    engine = Recorder(sizes, SAMPLE, TOKENS, TIME, pooled)
+    rng = np.random.default_rng(0)
+    given = {spec.name: rng.random((3, *spec.shape[1:]), np.float32) for spec in (pooled, TOKENS, sizes)}
+    EngineModel.of(engine, rows=2)(rows_of(3), 9.0, given)
+    for name, rows in given.items():
+        fed = np.concatenate([call[name] for call in engine.calls])
+        np.testing.assert_array_equal(fed, np.concatenate([rows, rows[-1:]]))
+    inputs = {spec.name: spec for spec in (sizes, SAMPLE, TOKENS, TIME, pooled)}
+    shapes = input_shapes(inputs, rows=5, state=(2, 3, 3), conditions=given)
+    assert shapes == {
+        "time_ids": (5, 6),
+        "sample": (5, 2, 3, 3),
+        "encoder_hidden_states": (5, 1, 2),
+        "timestep": (5,),
+        "text_embeds": (5, 4),
+    }
 
 
 def named(*specs: TensorSpec) -> Mapping[str, TensorSpec]:
@@ -112,11 +138,11 @@ def named(*specs: TensorSpec) -> Mapping[str, TensorSpec]:
 def test_inputs_are_told_apart_by_rank_in_any_order() -> None:
     x, sigma = TensorSpec("x", "float32", ("n", 3, "h", "w")), TensorSpec("sigma", "float32", ())
     roles = input_roles(named(TOKENS, sigma, x))
-    assert (roles.sample, roles.timestep, roles.condition) == (x, sigma, TOKENS)
+    assert (roles.sample, roles.timestep, roles.conditions) == (x, sigma, (TOKENS,))
     roles = input_roles(named(LABELS, TIME, SAMPLE))
-    assert (roles.sample, roles.timestep, roles.condition) == (SAMPLE, TIME, LABELS)
+    assert (roles.sample, roles.timestep, roles.conditions) == (SAMPLE, TIME, (LABELS,))
     roles = input_roles(named(x))
-    assert (roles.sample, roles.timestep, roles.condition) == (x, None, None)
+    assert (roles.sample, roles.timestep, roles.conditions) == (x, None, ())
 
 
 @pytest.mark.parametrize(
@@ -127,8 +153,7 @@ def test_inputs_are_told_apart_by_rank_in_any_order() -> None:
             r"input 'r' of shape \['batch'\]: sampling has nothing",
         ),
         ((SAMPLE, TIME, TensorSpec("mask", "float32", ("batch", 1, 3, 3))), "input 'mask' of shape"),
-        ((SAMPLE, TIME, TOKENS, LABELS), "input 'class_labels' of shape"),
-        ((SAMPLE, TIME, TensorSpec("time_ids", "float32", ("batch", 6))), "input 'time_ids' of shape"),
+        ((SAMPLE, TIME, TensorSpec("clip", "float32", ("batch", 2, 1, 3, 3))), "input 'clip' of shape"),
         ((TIME, TOKENS), r"no input of shape \(N, C, H, W\) among timestep, encoder_hidden_states"),
     ],
 )

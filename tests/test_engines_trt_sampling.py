@@ -93,8 +93,8 @@ def test_batches_of_any_size_are_cut_to_the_one_engine_there_is(
     stored = machine.store(tmp_path / "net.engine", graphs[0], {"x": (2, *SHAPE), "t": (2,), "labels": (2,)})
     with open_engine("tensorrt", graphs[0]) as engine, open_engine("onnxruntime", graphs[0]) as host:
         engine.load_blob(stored, source="graph")
-        found = EngineModel.of(engine, rows=16)(x, 951.0, labels)
-        np.testing.assert_array_equal(found, EngineModel.of(host, rows=2)(x, 951.0, labels))
+        found = EngineModel.of(engine, rows=16)(x, 951.0, {"labels": labels})
+        np.testing.assert_array_equal(found, EngineModel.of(host, rows=2)(x, 951.0, {"labels": labels}))
     assert machine.builds == []
 
 
@@ -130,8 +130,8 @@ def test_rows_are_filled_up_on_the_device(graphs: tuple[Path, Path], machine: Ma
     x, labels = np.random.default_rng(0).standard_normal((5, *SHAPE)).astype(np.float32), np.arange(5)
     with open_engine("tensorrt", graphs[0]) as engine, open_engine("onnxruntime", graphs[0]) as host:
         model = EngineModel.of(engine, rows=3)
-        found = model(machine.arrays.put(x), 951.0, machine.arrays.put(labels))
-        expected = EngineModel.of(host, rows=3)(x, 951.0, labels)
+        found = model(machine.arrays.put(x), 951.0, {"labels": machine.arrays.put(labels)})
+        expected = EngineModel.of(host, rows=3)(x, 951.0, {"labels": labels})
         np.testing.assert_array_equal(machine.arrays.get(found), expected)
     assert [shapes["x"][0] for shapes in machine.builds] == [3]
 
@@ -154,7 +154,8 @@ def sampler(
     config = SamplerConfig(scheduler, N_STEPS, eta)
     unet, decoder = (open_engine(backend, path) for path in graphs)
     facts = ModelFacts("net", tuple(unet.inputs.values()), SHAPE, (3, H, W), schedule.to_json(), None, scale, FIVE)
-    network = Network(Path("bundle"), "00", facts, schedule, unet, decoder, None)
+    labels = {"labels": np.arange(FIVE.classes)}
+    network = Network(Path("bundle"), "00", facts, schedule, unet, decoder, labels)
     key = ScheduleKey.of(schedule, config, guidance_scale=scale, backend="fake", plan_sha="0")
     rows = tuple(StepFix(**(fix if fix and call in (2, 5) else {})) for call in range(len(key.timesteps)))
     table = CorrectionTable("test", key, rows) if fix else identity_table(key)

@@ -50,17 +50,17 @@ def test_guidance_is_one_batched_call():
 
     def model(x, t, cond):
         calls.append((x.shape[0], t))
-        return cond.reshape(-1, 1, 1, 1) * x
+        return (cond["c"] * cond["d"]).reshape(-1, 1, 1, 1) * x
 
     x = np.full((2, *SHAPE), 2.0, np.float32)
-    cond = np.array([[3.0], [5.0]], np.float32)
-    uncond = np.array([[1.0]], np.float32)
+    cond = {"c": np.array([[3.0], [5.0]], np.float32), "d": np.array([[2.0], [2.0]], np.float32)}
+    uncond = {"c": np.array([[1.0]], np.float32), "d": np.array([[1.0]], np.float32)}
     out = guided(model, cond, uncond, 1.5)(x, 7.0)
     assert calls == [(4, 7.0)]
-    # u + s (c - u) with u = 2, c = 6 and 10: exact in float32
-    np.testing.assert_array_equal(out[:, 0, 0, 0], [8.0, 14.0])
+    # u + s (c - u) with u = 2, c = 12 and 20: exact in float32
+    np.testing.assert_array_equal(out[:, 0, 0, 0], [17.0, 29.0])
     assert out.dtype == np.float32
     for plain in (guided(model, cond, uncond, 1.0), guided(model, cond, None, 1.5)):
         calls.clear()
-        np.testing.assert_array_equal(plain(x, 7.0)[:, 0, 0, 0], [6.0, 10.0])
+        np.testing.assert_array_equal(plain(x, 7.0)[:, 0, 0, 0], [12.0, 20.0])
         assert calls == [(2, 7.0)]

@@ -72,7 +72,8 @@ def make(
     engine = engine or Gaussian(labels=condition is not None)
     specs = tuple(engine.inputs.values())
     facts = ModelFacts("fake", specs, SHAPE, SHAPE, SCHEDULE.to_json(), None, scale, condition)
-    network = Network(Path("bundle"), "00", facts, SCHEDULE, engine, decoder, None)
+    labels = condition and {"class_labels": np.arange(condition.classes)}
+    network = Network(Path("bundle"), "00", facts, SCHEDULE, engine, decoder, labels)
     config = SamplerConfig(scheduler, 20, eta)
     key = ScheduleKey.of(SCHEDULE, config, guidance_scale=scale, backend="fake-f32", plan_sha="0")
     table = identity_table(key) if fixes is None else CorrectionTable("test", key, fixes)

@@ -24,7 +24,7 @@ from qncd_deploy.errors import CalibrationError
 from qncd_deploy.files import canonical_json, load_npz, save_npz
 from qncd_deploy.sample import Rollout, guided, rollout
 from qncd_deploy.schedule import Schedule
-from qncd_deploy.specs import EpsModel, TensorSpec
+from qncd_deploy.specs import Conditions, EpsModel, TensorSpec
 from qncd_deploy.steps import SamplerConfig, initial_scale, make_steps
 
 SCHEMA = 1
@@ -33,8 +33,8 @@ FIRST_PICTURE = 1 << 30
 
 log = logging.getLogger(__name__)
 
-Model = Callable[[np.ndarray, float, "np.ndarray | None"], np.ndarray]
-"""The float network: (x, t, rows of the condition or None) -> its raw output."""
+Model = Callable[[np.ndarray, float, "Conditions | None"], np.ndarray]
+"""The float network: (x, t, rows of the conditions or None) -> its raw output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +59,11 @@ class CalibSet:
 
 @dataclass(frozen=True, eq=False)
 class ConditionRows:
-    """What the network is told of each calibration picture: `given` (size, ...) for the graph input `name`; `null`
-    (1, ...) is what guidance feeds beside it, None without guidance."""
+    """What the network is told of each calibration picture: `given` (size, ...) by graph input; `null` (1, ...) is what
+    guidance feeds beside it, None without guidance."""
 
-    name: str
-    given: np.ndarray
-    null: np.ndarray | None = None
+    given: Conditions
+    null: Conditions | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +93,12 @@ class Recipe:
         ):
             if value < 1:
                 raise CalibrationError(f"{what} {value}: expected at least 1.")
-        assert self.condition is None or len(self.condition.given) == self.size, "one row per picture"
+        given = {} if self.condition is None else self.condition.given
+        assert all(len(rows) == self.size for rows in given.values()), "one row per picture"
 
     @property
-    def null(self) -> np.ndarray | None:
-        """The row that guidance adds for every picture; None where it adds none."""
+    def null(self) -> Conditions | None:
+        """What guidance adds for every picture; None where it adds nothing."""
         return self.condition.null if self.condition is not None and self.guidance_scale != 1 else None
 
     @property
@@ -118,9 +118,9 @@ class Recipe:
             "condition": None
             if self.condition is None
             else [
-                self.condition.name,
-                _digest(self.condition.given),
-                None if self.null is None else _digest(self.null),
+                part
+                for name, rows in self.condition.given.items()
+                for part in (name, _digest(rows), None if self.null is None else _digest(self.null[name]))
             ],
         }
         return _short_hash(facts)
@@ -222,8 +222,9 @@ class _Trajectory:
 
     def _predict(self, indices: Sequence[int]) -> EpsModel:
         condition = self.recipe.condition
-        rows = None if condition is None else condition.given[[i - FIRST_PICTURE for i in indices]]
-        return guided(self.model, rows, self.recipe.null, self.recipe.guidance_scale)
+        rows = [i - FIRST_PICTURE for i in indices]
+        given = None if condition is None else {name: array[rows] for name, array in condition.given.items()}
+        return guided(self.model, given, self.recipe.null, self.recipe.guidance_scale)
 
 
 def _assemble(recipe: Recipe, timesteps: Sequence[float], states: np.ndarray) -> dict[str, np.ndarray]:
@@ -233,10 +234,9 @@ def _assemble(recipe: Recipe, timesteps: Sequence[float], states: np.ndarray) ->
         "sample": rows.reshape(-1, *rows.shape[2:]),
         "timestep": np.repeat(np.asarray(timesteps, np.float32), rows.shape[1]),
     }
-    if recipe.condition is not None:
-        given = recipe.condition.given
-        sides = [given] if recipe.null is None else [given, np.broadcast_to(recipe.null, given.shape)]
-        arrays[recipe.condition.name] = np.concatenate(sides * len(timesteps))
+    for name, given in ({} if recipe.condition is None else recipe.condition.given).items():
+        sides = [given] if recipe.null is None else [given, np.broadcast_to(recipe.null[name], given.shape)]
+        arrays[name] = np.concatenate(sides * len(timesteps))
     return arrays
 
 

@@ -7,63 +7,63 @@ static shapes meets one shape only; or, where it was compiled for several, those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qncd_deploy.errors import EngineError
-from qncd_deploy.specs import Engine, TensorSpec
+from qncd_deploy.specs import Conditions, Engine, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class InputRoles:
-    """Which graph input takes the state, which the timestep, and which the condition, if any."""
+    """Which graph input takes the state, which the timestep, and which are conditions."""
 
     sample: TensorSpec
     timestep: TensorSpec | None
-    condition: TensorSpec | None
+    conditions: tuple[TensorSpec, ...]
 
 
 def input_roles(inputs: Mapping[str, TensorSpec]) -> InputRoles:
-    """Tell the inputs apart by rank, since bring-your-own graphs name them as they like: the state has rank 4,
-    condition tokens rank 3, timestep and class label rank 0 or 1; the label is the one whose name says so.
+    """Tell the inputs apart by rank, since bring-your-own graphs name them as they like: the state has rank 4, the
+    timestep rank 0 or 1, and so has a class label, whose name says so. Labels and what has rank 2 (pooled text, sizes)
+    or 3 (tokens) are conditions, which are fed by name.
 
     Raises: EngineError naming an input that fits none of these.
     """
     by_rank: dict[int, list[TensorSpec]] = {}
     for spec in inputs.values():
         by_rank.setdefault(max(1, len(spec.shape)), []).append(spec)
-    labels = [spec for spec in by_rank.get(1, ()) if _is_label(spec)]
     times = [spec for spec in by_rank.get(1, ()) if not _is_label(spec)]
-    conditions = [*by_rank.get(3, ()), *labels]
-    leftover = [*by_rank.get(4, ())[1:], *times[1:], *conditions[1:]]
-    leftover += [spec for rank, specs in by_rank.items() if rank not in (1, 3, 4) for spec in specs]
+    leftover = [*by_rank.get(4, ())[1:], *times[1:]]
+    leftover += [spec for rank, specs in by_rank.items() if rank > 4 for spec in specs]
     if leftover:
         raise EngineError(
             f"input {leftover[0].name!r} of shape {list(leftover[0].shape)}: sampling has nothing to feed it. "
-            "A network may take a state (N, C, H, W), a timestep, and either tokens (N, L, D) or a label."
+            "A network may take a state (N, C, H, W), a timestep, and conditions: tokens (N, L, D), vectors (N, D), "
+            "labels."
         )
     if 4 not in by_rank:
         raise EngineError(
             f"no input of shape (N, C, H, W) among {', '.join(inputs)}: sampling needs one for the state."
         )
-    return InputRoles(by_rank[4][0], next(iter(times), None), next(iter(conditions), None))
+    state, time = by_rank[4][0], next(iter(times), None)
+    return InputRoles(state, time, tuple(spec for spec in inputs.values() if spec not in (state, time)))
 
 
 def input_shapes(
-    inputs: Mapping[str, TensorSpec], *, rows: int, state: Sequence[int], tokens: Sequence[int]
+    inputs: Mapping[str, TensorSpec], *, rows: int, state: Sequence[int], conditions: Conditions | None
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of a network's inputs for one call: `rows` of them, unless the graph fixes how many.
 
-    state: (C, H, W) of the state;  tokens: (L, D) of a condition of tokens, () if there is none. Raises EngineError as
-    input_roles does.
+    state: (C, H, W) of the state;  conditions: any number of rows of them, None if there are none. Raises EngineError
+    as input_roles does.
     """
     roles = input_roles(inputs)
     rows = fixed_rows(roles.sample) or rows
-    sizes = {roles.sample.name: tuple(state)}
-    if roles.condition is not None:
-        sizes[roles.condition.name] = tuple(tokens)
+    sizes = {name: tuple(table.shape[1:]) for name, table in (conditions or {}).items()}
+    sizes[roles.sample.name] = tuple(state)
     return {
         name: tuple(rows if isinstance(size, str) else size for size in spec.shape[:1]) + sizes.get(name, ())
         for name, spec in inputs.items()
@@ -74,11 +74,11 @@ def input_shapes(
 class EngineModel:
     """An engine as model(x, t, cond), called with as many rows at a time as `rows` has, as in_groups says.
 
-    x (N, C, H, W) float32;  cond: one row of the condition per row of x, or None;  returns the raw output, as x.
-    The timestep is given the shape and dtype that the graph asks for, the state and the condition their dtypes.
+    x (N, C, H, W) float32;  cond: conditions by input name, a row for a row of x, or None;  returns the raw output, as
+    x. The timestep is given the shape and dtype that the graph asks for, the state and the conditions their dtypes.
 
-    Raises: EngineError for a condition that is missing or that the network does not take, or a fractional timestep
-    where the graph wants a whole one.
+    Raises: EngineError for a condition that is missing, that the network does not take or whose rows have another
+    shape, or a fractional timestep where the graph wants a whole one.
     """
 
     engine: Engine
@@ -91,17 +91,9 @@ class EngineModel:
         roles = input_roles(engine.inputs)
         return cls(engine, roles, row_sizes(engine, roles.sample, rows))
 
-    def __call__(self, x: np.ndarray, t: float, cond: np.ndarray | None) -> np.ndarray:
-        specs, arrays = [self.roles.sample], [x]
-        if (cond is None) != (self.roles.condition is None):
-            raise EngineError(
-                "the network takes no condition, but was given one."
-                if self.roles.condition is None
-                else f"the network needs a condition for its input {self.roles.condition.name!r}, but was given none."
-            )
-        if cond is not None and self.roles.condition is not None:
-            specs.append(self.roles.condition)
-            arrays.append(cond)
+    def __call__(self, x: np.ndarray, t: float, cond: Conditions | None) -> np.ndarray:
+        specs = [self.roles.sample, *self.roles.conditions]
+        arrays = [x, *self._conditions(cond or {})]
         output = next(iter(self.engine.outputs))
         time = self._time(t)
 
@@ -111,6 +103,20 @@ class EngineModel:
             return raw.astype(np.float32, copy=False)
 
         return in_groups(run, arrays, rows=self.rows)
+
+    def _conditions(self, given: Conditions) -> Iterator[np.ndarray]:
+        """In the order of the inputs, checked."""
+        wanted = {spec.name: spec for spec in self.roles.conditions}
+        for name in given.keys() - wanted.keys():
+            held = ", ".join(map(repr, wanted)) or "none"
+            raise EngineError(f"the network takes no condition {name!r}, but was given one; those it takes: {held}.")
+        for name, spec in wanted.items():
+            if name not in given:
+                raise EngineError(f"the network needs a condition for its input {name!r}, but was given none.")
+            row, size = given[name].shape[1:], spec.shape[1:]
+            if len(row) != len(size) or any(isinstance(b, int) and a != b for a, b in zip(row, size, strict=True)):
+                raise EngineError(f"input {name!r} takes rows of shape {list(size)}, but was given {list(row)}.")
+            yield given[name]
 
     def _time(self, t: float) -> Callable[[int], dict[str, np.ndarray]]:
         """The feed of the timestep for a number of rows."""

@@ -37,6 +37,13 @@ class Condition:
                 f"--null-class {self.null_class}: the network has classes 0 to {self.classes - 1}. Choose one of them."
             )
 
+    @property
+    def rows(self) -> Mapping[str, np.ndarray]:
+        """What the network is told of every class, (classes, ...) by the name of its input."""
+        if self.values is None:
+            return {"class_labels": np.arange(self.classes)}
+        return {"encoder_hidden_states": self.values}
+
 
 @dataclass(frozen=True, eq=False)
 class SourceModel:
@@ -68,8 +75,6 @@ class SourceModel:
             TensorSpec("sample", "float32", ("batch", *self.latent_shape)),
             TensorSpec("timestep", "float32", ("batch",)),
         ]
-        if self.condition is not None and self.condition.values is not None:
-            specs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", *self.condition.values.shape[1:])))
-        elif self.condition is not None:
-            specs.append(TensorSpec("class_labels", "int64", ("batch",)))
+        rows = {} if self.condition is None else self.condition.rows
+        specs += [TensorSpec(name, table.dtype.name, ("batch", *table.shape[1:])) for name, table in rows.items()]
         return tuple(specs)

@@ -244,8 +244,7 @@ def _shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: 
         (spec,) = inputs.values()
         return {spec.name: (fixed_rows(spec) or batch, *latent)}
     rows = batch if bundle.guidance() == 1 else 2 * batch
-    embedding = bundle.class_embedding
-    return input_shapes(inputs, rows=rows, state=latent, tokens=() if embedding is None else embedding.shape[1:])
+    return input_shapes(inputs, rows=rows, state=latent, conditions=bundle.embedding)
 
 
 def _engine(job: _Job, library: Library, device: Device | None, gate: Gate | None, progress: Progress) -> Built:

@@ -57,7 +57,6 @@ def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
     if network.schedule is None:
         raise CalibrationError("calibration: the graph has no schedule to sample with. Give --calib-data FILE.npz.")
     given, null = condition_rows(network, range(options.calib_size))
-    rows = None if given is None else ConditionRows(network.facts.inputs[2].name, given, null)
     return Recipe(
         model_sha256=digest_of(network.files),
         schedule=network.schedule,
@@ -65,7 +64,7 @@ def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
         latent_shape=network.facts.latent_shape,
         size=options.calib_size,
         calls=options.calib_steps,
-        condition=rows,
+        condition=None if given is None else ConditionRows(given, null),
         guidance_scale=network.facts.guidance_scale,
         seed=options.seed,
         batch_size=min(options.calib_size, rows_per_run(network.facts.latent_shape, most=PICTURES)),

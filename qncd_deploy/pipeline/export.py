@@ -163,8 +163,8 @@ def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) ->
     if network.decoder is not None:
         verify(network.decoder, FLOAT, name="vae-decoder.onnx")
         save_siblings({"vae-decoder.onnx": network.decoder}, folder)
-    if network.embedding is not None:
-        np.save(folder / "class-embedding.npy", network.embedding, allow_pickle=False)
+    if (values := _class_tokens(network)) is not None:
+        np.save(folder / "class-embedding.npy", values, allow_pickle=False)
     for name, path in network.companions.items():
         shutil.copyfile(path, folder / name)
     (folder / "plan.json").write_text(quantized.plan.dumps(), encoding="utf-8")
@@ -172,12 +172,22 @@ def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) ->
         quantized.steps.write(folder)
 
 
+def _class_tokens(network: FloatNetwork) -> np.ndarray | None:
+    """Rows that stand for classes, (classes, L, D); None where there are none, or the numbers of classes do."""
+    condition = network.facts.condition
+    if condition is None or condition.kind != "class-tokens":
+        return None
+    assert network.embedding is not None
+    (values,) = network.embedding.values()
+    return values
+
+
 def _manifest(network: FloatNetwork, quantized: Quantized | None, options: ExportOptions) -> Manifest:
     """Everything but the figures and the hashes of the files; without `quantized`, for comparing recipes only."""
     roles = {**GRAPHS, "plan": "plan.json"}
     if network.decoder is not None:
         roles["decoder"] = "vae-decoder.onnx"
-    if network.embedding is not None:
+    if _class_tokens(network) is not None:
         roles["class-embedding"] = "class-embedding.npy"
     if quantized is not None and quantized.steps is not None:
         roles |= quantized.steps.roles

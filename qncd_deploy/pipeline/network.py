@@ -24,7 +24,7 @@ from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.qncd import ResBlock
 from qncd_deploy.sample import labels_for
 from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
-from qncd_deploy.specs import TensorSpec
+from qncd_deploy.specs import Conditions, TensorSpec
 from qncd_deploy.steps import SamplerConfig, make_steps
 
 GUIDANCE = 1.5
@@ -35,8 +35,9 @@ GUIDANCE = 1.5
 class FloatNetwork:
     """A float graph in normal form with what its structure says, and the facts of the model around it.
 
-    schedule: None for a graph that came without one.  embedding: (classes, L, D) rows that stand for classes.
-    files: what it was read from, by a name for the manifest.  companions: files that go into the bundle as they are.
+    schedule: None for a graph that came without one.  embedding: what the network is told of every class, (classes,
+    ...) by graph input.  files: what it was read from, by a name for the manifest.  companions: files that go into the
+    bundle as they are.
     """
 
     model: ir.Model
@@ -47,7 +48,7 @@ class FloatNetwork:
     schedule: Schedule | None
     files: Mapping[str, Path]
     decoder: ir.Model | None = None
-    embedding: np.ndarray | None = None
+    embedding: Mapping[str, np.ndarray] | None = None
     companions: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -102,23 +103,24 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
         schedule=source.schedule,
         files=source.files,
         decoder=decoder,
-        embedding=None if condition is None else condition.values,
+        embedding=None if condition is None else condition.rows,
         companions=source.companions,
         notes=source.notes,
     )
 
 
-def condition_rows(network: FloatNetwork, indices: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Rows of the condition for pictures whose labels take turns, and the null row of guidance; None where there is
+def condition_rows(network: FloatNetwork, indices: Sequence[int]) -> tuple[Conditions | None, Conditions | None]:
+    """Rows of the conditions for pictures whose labels take turns, and the null rows of guidance; None where there are
     none.
     """
     condition = network.facts.condition
     if condition is None:
         return None, None
+    assert network.embedding is not None, "a network with classes comes with a row for each"
     labels = labels_for(indices, classes=condition.classes, null_class=condition.null_class)
-    table = np.arange(condition.classes) if network.embedding is None else network.embedding
-    null = None if condition.null_class is None else table[[condition.null_class]]
-    return table[labels], null
+    tables, null = network.embedding.items(), condition.null_class
+    given = {name: table[labels] for name, table in tables}
+    return given, None if null is None else {name: table[[null]] for name, table in tables}
 
 
 def _condition_facts(source: SourceModel) -> ConditionFacts | None:
