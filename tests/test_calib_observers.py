@@ -96,7 +96,7 @@ def test_damaged_arrays_are_refused() -> None:
 def test_constant_tensors(value: float) -> None:
     stats = flat(np.full(5, value, np.float32))
     assert stats.count == 5 and stats.min == stats.max == np.float32(value)
-    centers, counts = stats.occupied()
+    centers, counts = stats.occupied
     assert counts.tolist() == [5]
     assert abs(centers[0] - value) <= stats.bin_width / 2  # the value lies in its bin
     assert stats.exponent >= MIN_EXPONENT

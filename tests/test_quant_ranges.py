@@ -160,7 +160,7 @@ def test_sqnr_of_the_histogram_is_that_of_the_values(name: str, bits: int, shrin
 @pytest.mark.parametrize("grid", [(0.1, -128, 127), (0.03, -40, 215), (0.7, -8, 7), (1e-4, -8, 7)])
 def test_running_sums_add_up_what_every_bin_loses(name: str, grid: tuple[float, int, int]) -> None:
     stats, scale, (qmin, qmax) = stats_of(SAMPLES[name].astype(np.float32)), np.float32(grid[0]), grid[1:]
-    centers, counts = stats.occupied()
+    centers, counts = stats.occupied
     lost = (centers - float(scale) * np.clip(np.rint(centers / float(scale)), qmin, qmax)) ** 2
     expected = lost @ counts / stats.count + stats.bin_width**2 / 12
     # cumulated sums of squares cancel: 1e-16 of the power, times some thousand bins

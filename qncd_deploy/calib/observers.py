@@ -89,6 +89,7 @@ class TensorStats:
     def bin_width(self) -> float:
         return math.ldexp(1.0, self.exponent) / HALF_BINS
 
+    @cached_property
     def occupied(self) -> tuple[np.ndarray, np.ndarray]:
         """Centers (unit of x, float64) and counts of the bins that hold anything, in ascending order."""
         index = np.flatnonzero(self.counts)
@@ -97,7 +98,7 @@ class TensorStats:
     @cached_property
     def running_sums(self) -> np.ndarray:
         """(3, n + 1) float64: column k sums 1, center and center**2 over all values of the first k occupied bins."""
-        centers, counts = self.occupied()
+        centers, counts = self.occupied
         powers = np.stack([np.ones_like(centers), centers, centers**2]) * counts
         return np.concatenate([np.zeros((3, 1)), np.cumsum(powers, axis=1)], axis=1)
 

@@ -180,7 +180,7 @@ def stats_error(stats: TensorStats, grid: Grid) -> float:
     bins are neighbours, so running sums give its share: S2 - 2 q S1 + q^2 S0 over its centers.
     """
     assert grid.axis is None
-    centers, _ = stats.occupied()
+    centers, _ = stats.occupied
     levels = float(grid.scale) * np.arange(grid.qmin, grid.qmax + 1)
     inner = np.searchsorted(centers, (levels[:-1] + levels[1:]) / 2)
     s0, s1, s2 = np.diff(stats.running_sums[:, np.concatenate([[0], inner, [len(centers)]])], axis=1)
