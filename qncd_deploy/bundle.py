@@ -20,6 +20,9 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 UNHASHED = (MANIFEST, "report.html")
 
+CONDITION_ROLES = ("class-embedding", "prompt-embedding")
+"""Files that say what the network is told of every class or prompt."""
+
 HASHED_AT_OPEN = 256 << 20
 """Bytes hashed when a bundle is opened (a fraction of a second), smallest files first; the others are checked by
 size.

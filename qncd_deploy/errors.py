@@ -15,6 +15,10 @@ class LabelError(QncdError):
     """A class that the network does not have, or its null class where a picture's is wanted."""
 
 
+class PromptError(QncdError):
+    """Prompts that cannot be read, or are given to a network that takes none."""
+
+
 class CheckpointError(QncdError):
     """A checkpoint or its config cannot be read, or is not what it claims to be."""
 

@@ -21,13 +21,15 @@ class Pictures:
     """Pictures by their index, which with the seed decides noise and label.
 
     indices, labels: (N,) int64, label -1 where the network has no classes;  latents: (N, C, H, W) float32;
-    images: (N, H, W, 1 or 3) uint8, None where the latents are no picture and the bundle has no decoder.
+    images: (N, H, W, 1 or 3) uint8, None where the latents are no picture and the bundle has no decoder;
+    prompts: (N,) of strings, what the labels stand for in a text network.
     """
 
     indices: np.ndarray
     labels: np.ndarray
     latents: np.ndarray
     images: np.ndarray | None
+    prompts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -35,12 +37,21 @@ class Pictures:
     @classmethod
     def join(cls, parts: Sequence[Pictures]) -> Pictures:
         images = [part.images for part in parts if part.images is not None]
+        prompts = [part.prompts for part in parts if part.prompts is not None]
         return cls(
             indices=np.concatenate([part.indices for part in parts]),
             labels=np.concatenate([part.labels for part in parts]),
             latents=np.concatenate([part.latents for part in parts]),
             images=np.concatenate(images) if images else None,
+            prompts=np.concatenate(prompts) if prompts else None,
         )
+
+    @property
+    def captions(self) -> list[str]:
+        """What each is of: its prompt, its class by number, or nothing."""
+        if self.prompts is not None:
+            return [str(prompt) for prompt in self.prompts]
+        return [f"class {label}" if label >= 0 else "" for label in self.labels.tolist()]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -62,7 +73,7 @@ def save_pictures(out: Path, pictures: Pictures) -> None:
     """Write pictures to `out`, whole or not at all.
 
     .png    one square-ish grid, row by row;  one channel is written as grey
-    .npz    images uint8 NHWC (where there are any), latents float32 NCHW, labels int64
+    .npz    images uint8 NHWC (where there are any), latents float32 NCHW, labels int64, of a text network prompts too
     folder  (existing) one PNG for each picture, named by its index: 000000.png, 000001.png, ...
 
     Raises: UsageError for another suffix, or pictures without images where only images can be written; BundleError if
@@ -70,7 +81,7 @@ def save_pictures(out: Path, pictures: Pictures) -> None:
     """
     check_output(out)
     if out.suffix.lower() == ".npz" and not out.is_dir():
-        arrays = {"images": pictures.images, "latents": pictures.latents, "labels": pictures.labels}
+        arrays = {name: getattr(pictures, name) for name in ("images", "latents", "labels", "prompts")}
         save_npz(out, {name: array for name, array in arrays.items() if array is not None})
         return
     if pictures.images is None:

@@ -12,23 +12,69 @@ text files with one prompt a line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qncd_deploy.bundle import TextFacts
+from qncd_deploy.errors import BackendMissing, BundleError, PromptError, first_line, install_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """A text encoder: ids (N, L) int64 -> "hidden" (N, L, D) and, where the network takes it, "pooled" (N, P), float32."""
 
 
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, UTF-8, one a line; blank lines are none.
+
+    Raises: PromptError if it is missing, not such a file, or holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise PromptError(f"{path}: not UTF-8 at byte {exc.start}. Save it as UTF-8 text, one prompt a line.") from exc
+    except OSError as exc:
+        found = "no such file" if isinstance(exc, FileNotFoundError) else f"cannot be read ({exc.strerror})"
+        raise PromptError(f"{path}: {found}. Give a text file with one prompt a line.") from exc
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise PromptError(f"{path}: holds no prompt. Write one a line.")
+    return prompts
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises BackendMissing without the library that reads it, BundleError if it cannot."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as exc:
+        raise BackendMissing(f"prompts: tokenizers is not installed. Install it: {install_line('text')}") from exc
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as exc:  # the library raises Exception itself
+        raise BundleError(f"{path}: not a tokenizer ({first_line(exc)}). Run `qncd export` again.") from exc
+
+
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """Token ids (N, L) int64, cut and padded as the tokenizer's own settings say."""
     return np.array([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], dtype=np.int64)
+
+
+def what_is_cut(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[str]:
+    """One line for each text that is longer than the tokenizer's window."""
+    for text, encoding in zip(texts, tokenizer.encode_batch(list(texts)), strict=True):
+        if not encoding.overflowing:
+            continue
+        over = encoding.overflowing[0]
+        start = min(at for (at, _), special in zip(over.offsets, over.special_tokens_mask, strict=True) if not special)
+        window = len(encoding.ids)
+        yield f"prompt {text[:24]!r}...: longer than the window of {window} tokens, cut: {text[start:].strip()!r}"
 
 
 def prompt_table(
@@ -37,9 +83,11 @@ def prompt_table(
     """The condition of every prompt and, as the last row, of the negative one: {graph input: (P + 1, ...) float32}.
 
     towers: tokenizer and encoder of each of facts.roles, used one after the other, so that an encoder may open what it
-    needs when it is called and close it again.
+    needs when it is called and close it again. What their windows cut off is logged.
     """
     texts = [*prompts, negative]
+    for line in dict.fromkeys(line for tokenizer, _ in towers for line in what_is_cut(tokenizer, texts)):
+        log.info(line)
     outputs = [encode(tokenize(tokenizer, texts)) for tokenizer, encode in towers]
     table = {"encoder_hidden_states": np.concatenate([output["hidden"] for output in outputs], axis=-1)}
     if facts.time_ids is not None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from qncd_deploy.engines.base import (
 from qncd_deploy.engines.eps_model import input_roles
 from qncd_deploy.engines.stepped import SteppedEngine
 from qncd_deploy.engines.stored import stored_source
+from qncd_deploy.engines.text import prompt_encoder
 from qncd_deploy.errors import BundleError, EngineError, UsageError
-from qncd_deploy.files import canonical_json
-from qncd_deploy.sampler import Network, Sampler
+from qncd_deploy.files import canonical_json, load_npz
+from qncd_deploy.prompts import read_prompts
+from qncd_deploy.sampler import Network, Sampler, Text
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.stepping import Stepping, load_stepping
 from qncd_deploy.steps import SamplerConfig
@@ -269,6 +271,7 @@ class Bundle:
                 unet=unet,
                 decoder=engines.get("decoder"),
                 embedding=self.embedding,
+                text=self._text(backend, threads),
             )
             return Sampler(
                 network,
@@ -298,6 +301,8 @@ class Bundle:
         condition = self.manifest.model.condition
         if condition is None:
             return None
+        if condition.kind == "text":
+            return load_npz(self.file("prompt-embedding"))
         (told,) = input_roles({spec.name: spec for spec in self.manifest.model.inputs}).conditions
         if condition.kind == "class-labels":
             return {told.name: np.arange(condition.classes)}
@@ -307,6 +312,28 @@ class Bundle:
         except (OSError, ValueError, EOFError) as exc:
             raise BundleError(f"{path}: not a readable array ({exc}). Run `qncd export` again.") from exc
         return {told.name: table}
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...] | None:
+        """The bundle's own prompts, by label; None where the network takes none. Raises BundleError."""
+        condition = self.manifest.model.condition
+        if condition is None or condition.kind != "text":
+            return None
+        path = self.file("prompts")
+        prompts = read_prompts(path)
+        if len(prompts) != len(condition.valid):
+            found = f"{len(prompts)} prompts, {len(condition.valid)} were encoded"
+            raise BundleError(f"{path}: {found}. Run `qncd export` again.")
+        return prompts
+
+    def _text(self, backend: str, threads: int | None) -> Text | None:
+        """How prompts are encoded here; nothing is opened before they are."""
+        facts = self.manifest.model.text
+        if facts is None or self.prompts is None:
+            return None
+        files = [(self.file(words), self.file(encoder)) for words, encoder in facts.roles]
+        opened = partial(open_engine, backend, remainder="f32", threads=threads)
+        return Text(self.prompts, prompt_encoder(files, facts, opened))
 
     def _load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
         """Give compiled networks to the engines (by their graphs' roles) of whose graphs they were made.

@@ -21,12 +21,13 @@ from qncd_deploy.correct.record import CorrectionTable, StepFix, fixed_steps
 from qncd_deploy.correct.rules import check
 from qncd_deploy.engines.base import BaseEngine, Kernel
 from qncd_deploy.engines.eps_model import EngineModel, group_rows, in_groups, input_roles, input_shapes, row_sizes
-from qncd_deploy.errors import Diverged, LabelError, UsageError
+from qncd_deploy.errors import Diverged, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.specs import Array, Arrays, Conditions, EpsModel, HostArrays
 from qncd_deploy.steps import Memory, SamplerConfig, Step, initial_scale
+from qncd_deploy.subjects import check_labels, check_prompts
 
 if TYPE_CHECKING:
     from typing import Self
@@ -36,11 +37,22 @@ _LARGEST_DEFAULT_BATCH = 16
 
 
 @dataclass(frozen=True, eq=False)
+class Text:
+    """What the labels of a text network stand for. prompts: by label;  encode: others, and a negative one as the last
+    row, to what the network is told of them, as Network.embedding.
+    """
+
+    prompts: tuple[str, ...]
+    encode: Callable[[Sequence[str], str], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
 class Network:
     """The open engines of one bundle and what the loop must know of them.
 
     place: the bundle, for messages;  source: hash of the graph and its weights;  decoder: None if the latents are the
-    pictures;  embedding: what the network is told of every class, (classes, ...) by graph input; None without classes.
+    pictures;  embedding: what the network is told of every class, (classes, ...) by graph input; None without classes;
+    text: of a network whose classes are prompts.
     """
 
     place: Path
@@ -50,6 +62,7 @@ class Network:
     unet: BaseEngine
     decoder: BaseEngine | None
     embedding: Mapping[str, np.ndarray] | None
+    text: Text | None = None
 
 
 class Sampler:
@@ -82,11 +95,38 @@ class Sampler:
         self._fixes = None if table.method == "off" else tuple(_brought(fix, self._arrays) for fix in table.fixes)
         self._resources = resources or ExitStack()
 
+    def prompted(self, prompts: Sequence[str] | None = None, negative_prompt: str | None = None) -> Sampler:
+        """This sampler, whose engines it uses, for other prompts: they are encoded once, here.
+
+        prompts: None for the bundle's own;  negative_prompt: what guidance leads away from, None for "".
+        Raises: UsageError as check_prompts does; EngineError or BundleError if they cannot be encoded.
+        """
+        network = self.network
+        check_prompts(network.facts.condition, self.guidance_scale, prompts=prompts, negative_prompt=negative_prompt)
+        assert network.text is not None, "a text network comes with a way to encode"
+        drawn = network.text.prompts if prompts is None else tuple(prompts)
+        told = network.text.encode(drawn, negative_prompt or "")
+        condition = ConditionFacts("text", classes=len(drawn) + 1, null_class=len(drawn))
+        return Sampler(
+            replace(
+                network,
+                facts=replace(network.facts, condition=condition),
+                embedding=told,
+                text=replace(network.text, prompts=drawn),
+            ),
+            config=self.config,
+            guidance_scale=self.guidance_scale,
+            table=self.table,
+            batch_size=self.batch_size,
+        )
+
     def sample(
         self,
         pictures: int | Sequence[int],
         *,
         labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         on_state: Callable[[State], None] | None = None,
@@ -94,10 +134,12 @@ class Sampler:
         """Pictures 0 .. n-1, or those with the indices given.
 
         labels: picture i gets labels[i mod len(labels)]; None for i mod classes, the null class not counted.
+        prompts, negative_prompt: of a text network, see `prompted`, which encodes them once for several calls.
         batch_size: pictures at a time, None for the sampler's own or all of them if they are fewer.
         on_state: called after every network call of every batch; see `trajectory` for what it may do with a state.
         """
-        batches = self.batches(pictures, labels=labels, seed=seed, batch_size=batch_size, on_state=on_state)
+        told = self if prompts is None and negative_prompt is None else self.prompted(prompts, negative_prompt)
+        batches = told.batches(pictures, labels=labels, seed=seed, batch_size=batch_size, on_state=on_state)
         return Pictures.join(list(batches))
 
     def batches(
@@ -126,11 +168,13 @@ class Sampler:
                 if on_state is not None:
                     on_state(state)
             assert latents is not None
+            told, text = self.labels(batch, labels), self.network.text
             yield Pictures(
                 indices=np.array(batch, dtype=np.int64),
-                labels=self.labels(batch, labels),
+                labels=told,
                 latents=self._arrays.get(latents),
                 images=self._images(latents, batch_size=size),
+                prompts=None if text is None else np.array([text.prompts[k] for k in told]),
             )
 
     def trajectory(
@@ -271,32 +315,6 @@ class Sampler:
         )
 
 
-def parse_labels(text: str, condition: ConditionFacts | None) -> tuple[int, ...]:
-    """What --class-label says: K, K,K,... or "all", as labels to take turns.
-
-    Raises: UsageError for anything else, LabelError for a class that the network does not have and for its null class.
-    """
-    if condition is None:
-        raise UsageError(f"--class-label {text}: the network has no classes. Leave it out.")
-    if text.strip() == "all":
-        return condition.valid
-    try:
-        labels = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--class-label {text}: expected a class number, several with commas, or all.") from None
-    check_labels(labels, condition)
-    return labels
-
-
-def check_labels(labels: Sequence[int], condition: ConditionFacts) -> None:
-    """Raises LabelError, with the valid range, for a class that the network does not have and for its null class."""
-    for label in labels:
-        if label == condition.null_class:
-            raise LabelError(f"class {label} is the null class of guidance, not a picture's. {_range(condition)}")
-        if label not in condition.valid:
-            raise LabelError(f"class {label}: the network does not have it. {_range(condition)}")
-
-
 @dataclass(frozen=True)
 class _Brought:
     """Noise that is drawn on the host and brought to where the loop runs."""
@@ -315,15 +333,6 @@ def _brought(fix: StepFix, arrays: Arrays) -> StepFix:
     """The row with its arrays where the loop runs."""
     held = {field.name: getattr(fix, field.name) for field in fields(fix)}
     return replace(fix, **{name: arrays.put(value) for name, value in held.items() if isinstance(value, np.ndarray)})
-
-
-def _range(condition: ConditionFacts) -> str:
-    last = condition.classes - 1
-    if condition.null_class is None:
-        return f"Use 0 to {last}."
-    if condition.null_class == last:
-        return f"Use 0 to {last - 1}."
-    return f"Use 0 to {last} without {condition.null_class}."
 
 
 def default_batch(latent_shape: Sequence[int]) -> int:

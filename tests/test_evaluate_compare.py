@@ -56,7 +56,7 @@ def test_variants_are_measured_against_one_float_twin(bundle: Bundle) -> None:
     assert found["openvino"].engine == "openvino-f32"
     assert set(found.images) == {REFERENCE, "w8a8", "openvino", "twin"}
     assert all(images.shape == (4, 32, 32, 1) for images in found.images.values())
-    assert found.labels == (0, 1, 2, 3)
+    assert found.captions == ("class 0", "class 1", "class 2", "class 3")
     assert found.reference.psnr is None
     w8a8, twin = found["w8a8"], found["twin"]
     assert w8a8.psnr is not None and twin.psnr is not None and w8a8.shift is not None and twin.shift is not None
@@ -86,7 +86,7 @@ def test_options_of_the_draw_reach_every_sampler(bundle: Bundle) -> None:
     draw = Draw(2, sampling=Sampling(scheduler="plms", n_steps=5, guidance_scale=1.0), labels=(2,))
     found = compare(bundle, [Variant("w8a8", "onnxruntime")], draw, teacher_forced=False)
     assert found.reference.calls == found["w8a8"].calls == 6
-    assert found.labels == (2, 2)
+    assert found.captions == ("class 2", "class 2")
     more = replace(draw, sampling=replace(draw.sampling, guidance_scale=3.0))
     other = compare(bundle, [Variant("w8a8", "onnxruntime")], more, teacher_forced=False)
     assert np.any(other.images[REFERENCE] != found.images[REFERENCE])

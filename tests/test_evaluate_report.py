@@ -104,7 +104,7 @@ def comparison() -> Comparison:
     )
     other = replace(quantized, name=EVIL, correction="off", extra_calls=0)
     images = {"float": picture_set(0), "as sampled": picture_set(1), EVIL: picture_set(2)}
-    return Comparison(float_twin, (quantized, other), (7, 0, 3), images)
+    return Comparison(float_twin, (quantized, other), ("class 7", "class 0", "class 3"), images)
 
 
 def bench_result() -> BenchResult:
@@ -253,7 +253,7 @@ def test_pictures_are_those_given_and_differences_magnified_around_grey(channels
     found = exact.copy()
     found[0, 0, 0], found[0, 0, 1], found[0, 1, 0] = 103, 96, 130  # +3, -4, +30 levels; the last is out of range
     given = comparison()
-    shown = replace(given, images={"float": exact, "as sampled": found}, labels=(-1,))
+    shown = replace(given, images={"float": exact, "as sampled": found}, captions=("",))
     page = render(replace(data(), comparison=shown))
     pngs = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]+)", page)]
     pictures = [np.asarray(Image.open(io.BytesIO(png))).reshape(2, 2, channels) for png in pngs]

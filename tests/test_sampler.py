@@ -12,10 +12,11 @@ from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, id
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.errors import EngineError, LabelError, UsageError
 from qncd_deploy.sample import PictureNoise
-from qncd_deploy.sampler import Network, Sampler, parse_labels
+from qncd_deploy.sampler import Network, Sampler
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.specs import TensorSpec
 from qncd_deploy.steps import SamplerConfig
+from qncd_deploy.subjects import parse_labels
 
 SHAPE = (3, 4, 4)
 SCHEDULE = Schedule.scaled_linear(0.0015, 0.0195)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from clip_words import TOKENS, vocabulary
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -25,11 +26,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from export_helpers import randomize
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-WORDS = ("a", "photo", "of", "the", "cat", "dog", "red", "astronaut", "riding", "horse", "on", "mars", "watercolour")
-TOKENS = 77
 LATENTS = 8
 PICTURE = 64
 
@@ -51,21 +49,6 @@ XL_BLOCKS: dict[str, Any] = {
     **{"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "cross_attention_dim": 24 + 32},
     **{"projection_class_embeddings_input_dim": 6 * 8 + 20},
 }
-
-
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(tokens, merges) in CLIP's own order: bytes ("!" is 0), bytes that end a word, merges, start and end of text."""
-    symbols = sorted(ByteLevel.alphabet(), key=lambda symbol: (ord(symbol) > 255, ord(symbol)))
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges[(parts[0], parts[1])] = None
-            parts[:2] = [parts[0] + parts[1]]
-    tokens += [left + right for left, right in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}, list(merges)
 
 
 def tokenizer(*, pad: str = "<|endoftext|>") -> CLIPTokenizer:

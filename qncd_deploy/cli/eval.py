@@ -39,7 +39,7 @@ from qncd_deploy.evaluate.table import comparison_table
 from qncd_deploy.pipeline.evaluation import EvalOptions, evaluate, evaluation_json
 from qncd_deploy.pipeline.results import check_output, write_json, write_results
 from qncd_deploy.runtime import Bundle
-from qncd_deploy.sampler import parse_labels
+from qncd_deploy.subjects import parse_labels
 
 _WITH_DATA = ("bundle", "data", "backend", "remainder", "threads", "seed", "out", "as_json")
 JSON = "eval.json"

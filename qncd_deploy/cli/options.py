@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from qncd_deploy.engines.base import BACKENDS
+from qncd_deploy.prompts import read_prompts
 from qncd_deploy.runtime import Sampling
 from qncd_deploy.schedule import SCHEDULERS
 
@@ -54,6 +55,25 @@ engine_dir_option = click.option(
 class_label_option = click.option(
     "--class-label", metavar="K|K,K,...|all", help="Classes to take turns.  [default: picture i is class i mod classes]"
 )
+_prompt_options = together(
+    click.option(
+        "--prompt", "prompts", multiple=True, metavar="TEXT", help="What to draw. Repeatable: prompts take turns."
+    ),
+    click.option("--prompts-file", type=PATH, help="More prompts: UTF-8 text, one a line."),
+)
+
+
+def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The two that name prompts, which the command is handed as one tuple, `prompts`, None without any."""
+
+    @functools.wraps(command)
+    def gathered(*args: Any, prompts: tuple[str, ...], prompts_file: Path | None, **flags: Any) -> Any:
+        listed = () if prompts_file is None else read_prompts(prompts_file)
+        return command(*args, prompts=(*prompts, *listed) or None, **flags)
+
+    return _prompt_options(gathered)
+
+
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(1), help="Pictures at a time.  [default: 16, less for large ones]"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from qncd_deploy.cli.options import (
     fitted_tables,
     json_option,
     print_json,
+    prompt_options,
     remainder_option,
     sampling_options,
     threads_option,
@@ -31,14 +33,20 @@ from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pictures import check_output, save_pictures
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle, Sampling
-from qncd_deploy.sampler import parse_labels
+from qncd_deploy.subjects import check_prompts, check_size, parse_labels
 
 
 @click.command("sample")
 @bundle_argument
-@click.option("-n", "count", type=click.IntRange(1), default=16, help="How many pictures.")
+@click.option(
+    "-n", "count", type=click.IntRange(1), help="How many pictures.  [default: 16, or one for every prompt given]"
+)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Picture i depends on (seed, i) alone.")
 @class_label_option
+@prompt_options
+@click.option("--negative-prompt", metavar="TEXT", help='What guidance leads away from.  [default: ""]')
+@click.option("--height", type=click.IntRange(1), help="In pixels: checked, since a bundle draws one size only.")
+@click.option("--width", type=click.IntRange(1), help="As --height.")
 @sampling_options
 @backend_option
 @click.option("--float", "float_twin", is_flag=True, help="The float network instead, in float32.")
@@ -57,14 +65,18 @@ from qncd_deploy.sampler import parse_labels
     "out",
     type=PATH,
     default=Path("grid.png"),
-    help="A .png (one grid), a .npz (images, latents, labels) or an existing folder (one PNG each).",
+    help="A .png (one grid), a .npz (images, latents, labels, prompts) or an existing folder (one PNG each).",
 )
 @json_option
 def sample_command(
     bundle: Path,
-    count: int,
+    count: int | None,
     seed: int,
     class_label: str | None,
+    prompts: tuple[str, ...] | None,
+    negative_prompt: str | None,
+    height: int | None,
+    width: int | None,
     sampling: Sampling,
     backend: str | None,
     float_twin: bool,
@@ -76,10 +88,20 @@ def sample_command(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Draw pictures with a bundle."""
+    """Draw pictures with a bundle.
+
+    Without --prompt, the bundle's own prompts take turns, if it is one of text; without --class-label, classes do.
+    """
     check_output(out)
     opened = Bundle.open(bundle)
-    labels = None if class_label is None else parse_labels(class_label, opened.manifest.model.condition)
+    model = opened.manifest.model
+    check_size(model, height=height, width=width)
+    labels = None if class_label is None else parse_labels(class_label, model.condition)
+    asked = prompts is not None or negative_prompt is not None
+    if asked:
+        scale = opened.guidance(sampling.guidance_scale)
+        check_prompts(model.condition, scale, prompts=prompts, negative_prompt=negative_prompt)
+    count = count or (16 if prompts is None else len(prompts))
     backend = backend or default_backend()
     engine_id = make_engine_id(backend, "f32" if float_twin else remainder)
     network = "float" if float_twin else opened.manifest.format
@@ -94,7 +116,11 @@ def sample_command(
     )
     draw = Draw(count, seed=seed, labels=labels, sampling=sampling, batch_size=batch_size, threads=threads)
     extra_calls = 0
-    with variant.open(opened, draw) as sampler, Bars().stage("sampling") as tick:
+    with ExitStack() as stack:
+        sampler = stack.enter_context(variant.open(opened, draw))
+        if asked:
+            sampler = sampler.prompted(prompts, negative_prompt)
+        tick = stack.enter_context(Bars().stage("sampling"))
         steps, done = len(sampler.steps), 0
 
         def count_call(state: State) -> None:
@@ -115,6 +141,8 @@ def sample_command(
             "network_calls": steps + extra_calls,
             "extra_calls": extra_calls,
         }
+        if sampler.network.text is not None:
+            facts["prompts"] = list(sampler.network.text.prompts[: len(pictures)])
     if as_json:
         print_json(facts)
     else:

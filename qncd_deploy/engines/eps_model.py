@@ -132,20 +132,24 @@ class EngineModel:
 
 
 def in_groups(run: Callable[..., np.ndarray], arrays: Sequence[np.ndarray], *, rows: Sequence[int]) -> np.ndarray:
-    """run(*arrays) with one of the numbers in `rows`, which rise, of rows at a time: see group_rows. A group with fewer
-    repeats its last row to be full. Arrays share axis 0.
+    """run(*arrays), full_groups at a time."""
+    results = [run(*group)[:held] for group, held in full_groups(arrays, rows=rows)]
+    return results[0] if len(results) == 1 else np.concatenate(results)
+
+
+def full_groups(arrays: Sequence[np.ndarray], *, rows: Sequence[int]) -> Iterator[tuple[list[np.ndarray], int]]:
+    """The arrays, which share axis 0, with one of the numbers in `rows`, which rise, of rows at a time (see
+    group_rows), and how many are theirs: a group with fewer repeats its last row to be full.
     """
     start, total = 0, len(arrays[0])
-    results = []
     while start < total:
         size = group_rows(total - start, rows)
         group = [array[start : start + size] for array in arrays]
         held = len(group[0])
         if held < size:
             group = [np.concatenate([part, np.repeat(part[-1:], size - held, axis=0)]) for part in group]
-        results.append(run(*group)[:held])
+        yield group, held
         start += held
-    return results[0] if len(results) == 1 else np.concatenate(results)
 
 
 def group_rows(left: int, sizes: Sequence[int]) -> int:

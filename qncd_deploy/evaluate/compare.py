@@ -22,13 +22,13 @@ from qncd_deploy.sampler import Sampler
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """reference: the float twin's own figures;  variants: in the order asked for;  labels: of the pictures in `images`;
-    images: the first few of each, by name, REFERENCE among them, (N, H, W, C) uint8; empty without a decoder.
+    """reference: the float twin's own figures;  variants: in the order asked for;  captions: of the pictures in
+    `images`;  images: the first few of each, by name, REFERENCE among them, (N, H, W, C) uint8; empty if not decoded.
     """
 
     reference: Figures
     variants: tuple[Figures, ...]
-    labels: tuple[int, ...]
+    captions: tuple[str, ...]
     images: Mapping[str, np.ndarray]
 
     def __getitem__(self, name: str) -> Figures:
@@ -95,11 +95,11 @@ def compare(
                 origin, drawn = Origin.of(sampler), easel.variant(variant, sampler, jobs)
             found.append(judge.figures(variant.name, origin, drawn))
             images[variant.name] = _first_images(drawn, shown)
-    labels = [label for batch in judge.batches[:shown] for label in batch.pictures.labels.tolist()]
+    captions = [caption for batch in judge.batches[:shown] for caption in batch.pictures.captions]
     return Comparison(
         reference=judge.own,
         variants=tuple(found),
-        labels=tuple(labels[:shown]),
+        captions=tuple(captions[:shown]),
         images={name: pictures for name, pictures in images.items() if pictures is not None},
     )
 

@@ -88,7 +88,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where batches come from. classes: what a picture can be of, None where the network has none."""
+    """Where batches come from. classes: what a picture can be of, None where the network has none, or prompts."""
 
     engine: str
     correction: str
@@ -102,7 +102,7 @@ class Origin:
             engine=sampler.table.key.backend,
             correction=sampler.table.method,
             calls=len(sampler.steps),
-            classes=None if condition is None else condition.valid,
+            classes=None if condition is None or condition.kind == "text" else condition.valid,
         )
 
 

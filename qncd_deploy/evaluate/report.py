@@ -161,8 +161,8 @@ def _pairs(comparison: Comparison, name: str) -> Iterator[Pair]:
     exact, found = comparison.images[comparison.reference.name][:PAIRS], comparison.images[name][:PAIRS]
     difference = np.clip(128 + GAIN * (found.astype(np.int32) - exact), 0, 255).astype(np.uint8)
     fidelity = psnr(found, exact)
-    for i, label in enumerate(comparison.labels[: len(exact)]):
-        place = f"class {label}, " if label >= 0 else ""
+    for i, caption in enumerate(comparison.captions[: len(exact)]):
+        place = f"{caption}, " if caption else ""
         yield Pair(f"{place}{fidelity[i]:.1f} dB", *map(_png, (exact[i], found[i], difference[i])))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from qncd_deploy.bundle import CONDITION_ROLES
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.engines.base import backend_status, default_backend, find_backend
 from qncd_deploy.errors import BundleError
@@ -49,7 +50,7 @@ def batch_facts(task: Task, variant: Variant, sampler: Sampler, exact: str | Non
         "schema": SCHEMA,
         "source": sampler.network.source,
         "decoding": {
-            role: own.files[own.roles[role]].sha256 for role in ("decoder", "class-embedding") if role in own.roles
+            role: own.files[own.roles[role]].sha256 for role in ("decoder", *CONDITION_ROLES) if role in own.roles
         },
         "engine": table.key.backend,
         "version": backend_status(find_backend(variant.backend or default_backend())).version,

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from qncd_deploy.bundle import CONDITION_ROLES
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
 from qncd_deploy.engines.base import Remainder, backend_status, default_backend, find_backend, make_engine_id
@@ -220,14 +221,11 @@ def _recording(bundle: Bundle, sampler: Sampler, draw: Draw) -> str:
         "key": {**asdict(key), "plan_sha": ""},
         "graph": sampler.network.source,
         "model": asdict(bundle.manifest.model),
-        "files": {role: held[name].sha256 for role, name in bundle.manifest.roles.items() if role in _CONDITIONS},
+        "files": {role: held[name].sha256 for role, name in bundle.manifest.roles.items() if role in CONDITION_ROLES},
         "version": backend_status(find_backend(key.backend.rpartition("-")[0])).version,
         "pictures": [draw.count, draw.seed],
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
-
-
-_CONDITIONS = ("class-embedding",)
 
 
 def _fit_all(study: RecordedStudy, options: FitOptions) -> tuple[dict[str, tuple[StepFix, ...]], dict[str, str]]:

@@ -1,0 +1,54 @@
+"""From a graph of a bundle to a text encoder as prompts.py calls it: ids (N, L) int64 -> "hidden", perhaps "pooled".
+
+It is open only while it is called: what it holds, up to gigabytes, is free again when pictures are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qncd_deploy.bundle import TextFacts
+from qncd_deploy.engines.base import BaseEngine
+from qncd_deploy.engines.eps_model import full_groups, row_sizes
+from qncd_deploy.prompts import Encode, open_tokenizer, prompt_table
+
+ROWS = 2
+"""Texts at a time: a prompt and its negative, which is what most runs encode; lists take turns."""
+
+
+Open = Callable[[Path], BaseEngine]
+"""An engine of a graph, which whoever opens it closes."""
+
+
+def prompt_encoder(
+    files: Sequence[tuple[Path, Path]], facts: TextFacts, open_graph: Open
+) -> Callable[[Sequence[str], str], Mapping[str, np.ndarray]]:
+    """(prompts, negative prompt) -> what the network is told of them, see prompts.prompt_table.
+
+    files: (tokenizer, text encoder) of each of facts.roles. What is returned raises as open_tokenizer and open_graph
+    do.
+    """
+
+    def encode(prompts: Sequence[str], negative: str) -> Mapping[str, np.ndarray]:
+        towers = [(open_tokenizer(words), text_encoder(graph, open_graph)) for words, graph in files]
+        return prompt_table(prompts, negative, towers, facts)
+
+    return encode
+
+
+def text_encoder(graph: Path, open_graph: Open) -> Encode:
+    """An encoder that opens its engine when it is called. Raises, then, as open_graph does."""
+
+    def encode(ids: np.ndarray) -> dict[str, np.ndarray]:
+        with open_graph(graph) as engine:
+            (spec,) = engine.inputs.values()
+            parts: dict[str, list[np.ndarray]] = {name: [] for name in engine.outputs}
+            for (group,), held in full_groups([ids], rows=row_sizes(engine, spec, ROWS)):
+                for name, found in engine({spec.name: group.astype(spec.dtype, copy=False)}).items():
+                    parts[name].append(found[:held])
+        return {name: np.concatenate(found) for name, found in parts.items()}
+
+    return encode
