@@ -62,6 +62,7 @@ def inspect_command(
     if as_json:
         facts = {"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found}
         facts["stepping"] = None if opened.stepping is None else opened.stepping.to_json()["ranges"]
+        facts["prompts"] = opened.prompts
         print_json({**facts, "engines": {path.name: asdict(engine) for path, engine in engines.items()}})
         return
     table = Table(box=None, pad_edge=False)
@@ -78,6 +79,11 @@ def inspect_command(
     if opened.stepping is not None:
         graphs = ", ".join(manifest.roles[role] for role in opened.network_roles("master"))
         console.print(f"activations {opened.stepping.line()} ({graphs}; the layers above are those of the last)")
+    if opened.prompts is not None and (text := manifest.model.text) is not None:
+        encoders = " and ".join(manifest.roles[encoder] for _, encoder in text.roles)
+        console.print(f"prompts {len(opened.prompts)}, encoded by {encoders}, {text.max_length} tokens each:")
+        for prompt in opened.prompts:
+            console.print(f"    {prompt}", markup=False, highlight=False)
     for line in corrections:
         console.print(
             f"correction {line['choice']} of {', '.join(line['methods'])} for {line['backend']}, {line['scheduler']} "

@@ -76,6 +76,7 @@ def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison
         "seed": draw.seed,
         "first": draw.first,
         "labels": draw.labels,
+        "prompts": bundle.prompts,
         **asdict(bundle.settled(draw.sampling)),
         "features": None if options.features is None else options.features.name,
         **comparison.to_json(),
