@@ -42,7 +42,7 @@ PARTS: tuple[tuple[str, Recipe], ...] = (
     ("+ smoothing, gated: the default", {"smooth": "qncd"}),
 )
 """One part of the recipe after another, each on top of those before; at 8 bits some of them do nothing."""
-IDLE_AT_8_BITS = ("asymmetric", "recon")
+IDLE_AT_8_BITS = ("asymmetric", "split", "recon")
 FORCED: tuple[tuple[str, Recipe], ...] = (
     ("smoothing forced, qncd", {"gate": False}),
     ("smoothing forced, qncd:paper", {"gate": False, "smooth": "qncd:paper"}),
