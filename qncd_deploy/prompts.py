@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,19 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise PromptError(f"{path}: holds no prompt. Write one a line.")
     return prompts
+
+
+def shipped_prompts() -> tuple[str, ...]:
+    """The captions that come with the package, to calibrate without a list of one's own: people, animals, places, food,
+    styles, lettering and counts, short and long.
+    """
+    with as_file(files("qncd_deploy") / "captions.txt") as path:
+        return read_prompts(path)
+
+
+def write_prompts(path: Path, prompts: Sequence[str]) -> None:
+    """What read_prompts gives back."""
+    path.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

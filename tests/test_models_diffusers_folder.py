@@ -130,7 +130,7 @@ def test_shards_half_precision_and_pickles(tmp_path: Path) -> None:
     assert torch.equal(load_source(tmp_path / "half").unet(X, T).sample, unet.float()(X, T).sample)
     missing = sorted((tmp_path / "shards/unet").glob("*-of-*.safetensors"))[-1]
     missing.unlink()
-    assert f"shard {missing.name} of" in refusal(tmp_path / "shards") and "missing" in refusal(tmp_path / "shards")
+    assert "shards are missing, 1 of" in (message := refusal(tmp_path / "shards")) and missing.name in message
     (tmp_path / "shards/unet/diffusion_pytorch_model.safetensors.index.json").unlink()
     assert "has shards, and no diffusion_pytorch_model.safetensors.index.json" in refusal(tmp_path / "shards")
 
@@ -153,16 +153,6 @@ def test_another_sampler_reads_the_same_schedule(tmp_path: Path) -> None:
     parts(tmp_path, scheduler=UniPCMultistepScheduler(beta_schedule="scaled_linear"))
     assert "UniPCMultistepScheduler" in refusal(tmp_path, ScheduleError)
     assert load_source(tmp_path, scheduler="ddim").scheduler == "ddim"
-
-
-def test_text_is_refused_by_name(tmp_path: Path) -> None:
-    parts(tmp_path)
-    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert "StableDiffusionPipeline has 'text_encoder'; text encoders are not supported yet." in refusal(tmp_path)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
-    cross = UNet2DConditionModel(**{**SMALL, **blocks}, cross_attention_dim=8)
-    assert "text encoders are not supported yet" in refusal(parts(tmp_path / "cross", cross))
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,20 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option("--n-steps", type=int, default=DEFAULTS.n_steps, help="Sampling steps.")
 @click.option("--eta", type=float, default=DEFAULTS.eta, help="Noise of ddim, 0 to 1.")
 @click.option(
-    "--guidance-scale", type=float, help="Classifier-free guidance, 1 is off.  [default: 1.5 with a null class, else 1]"
+    "--guidance-scale",
+    type=float,
+    help="Classifier-free guidance, 1 is off.  [default: 7.5 for prompts, 1.5 with a null class, else 1; 1 for models "
+    "distilled to few steps]",
 )
 @click.option("--null-class", type=int, help="The class that stands for no class, where the config does not say.")
+@click.option(
+    "--prompts-file",
+    type=PATH,
+    help="Prompts that calibrate a text model, one a line; the bundle's own from then on.  [default: 32 captions that "
+    "come with the package]",
+)
+@click.option("--height", type=int, help="Of the pictures, in pixels.  [default: the model's own]")
+@click.option("--width", type=int, help="Of the pictures, in pixels.  [default: the model's own]")
 @click.option(
     "--calib-size",
     type=int,

@@ -19,12 +19,13 @@ _EXAMPLE = 2
 """Pictures in the example that is traced: more than one, since exporters take a size of one for a constant."""
 
 
-def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, output: str = "out") -> ir.Model:
+def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, outputs: Sequence[str] = ("out",)) -> ir.Model:
     """Export a diffusers UNet (or any module called as module(*inputs)) as a float32 graph in normal form.
 
     inputs: in the order of the module's positional arguments; their first dimension may be a string, which becomes the
-    free batch dimension. The argument `class_labels` is passed by name, since UNets take it after others. Initializers
-    are named like the module's parameters; a Linear weight that feeds a MatMul is stored transposed, (K, N).
+    free batch dimension. The argument `class_labels` is passed by name, since UNets take it after others. outputs:
+    names for the first ones that the module returns. Initializers are named like the module's parameters; a Linear
+    weight that feeds a MatMul is stored transposed, (K, N).
 
     Raises: ExportError if torch cannot trace the module, or the graph cannot be brought to the normal form.
     """
@@ -32,14 +33,14 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, output: str 
     for name, tensor in named.items():
         if not torch.isfinite(tensor).all():
             raise ExportError(f"{name}: NaN or infinity in the weights. Use an intact checkpoint.")
-    caller = _Caller(module.eval(), tuple(spec.name for spec in inputs))
+    caller = _Caller(module.eval(), tuple(spec.name for spec in inputs), len(outputs))
     example = tuple(_example(spec) for spec in inputs)
     axes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(spec.shape[0], str) else None for spec in inputs)
     try:
         with warnings.catch_warnings(), quiet("torch", "torch.__trace"), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(caller, example, dynamic_shapes=(axes,), strict=False)
-            model = _translate(program, [spec.name for spec in inputs], output)
+            model = _translate(program, [spec.name for spec in inputs], outputs)
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
         raise ExportError(f"{type(module).__name__}: torch cannot trace it ({first_line(error)}).") from error
     _name_batch(model.graph)
@@ -50,30 +51,36 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, output: str 
 
 def trace_decoder(decoder: torch.nn.Module, latent_shape: tuple[int, int, int]) -> ir.Model:
     """Export the first stage's decoder: `latents` (batch, C, H, W) -> `images` (batch, c, h, w), both float32."""
-    return trace(decoder, [TensorSpec("latents", "float32", (BATCH, *latent_shape))], output="images")
+    return trace(decoder, [TensorSpec("latents", "float32", (BATCH, *latent_shape))], outputs=["images"])
+
+
+def trace_text_encoder(encoder: torch.nn.Module, max_length: int, outputs: Sequence[str]) -> ir.Model:
+    """Export a text encoder: `input_ids` (batch, max_length) int64 -> `outputs`, float32."""
+    return trace(encoder, [TensorSpec("input_ids", "int64", (BATCH, max_length))], outputs=outputs)
 
 
 class _Caller(torch.nn.Module):
-    """Positional arguments in graph order to the module's own call, and its first output."""
+    """Positional arguments in graph order to the module's own call, and its first outputs."""
 
-    def __init__(self, module: torch.nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...], outputs: int) -> None:
         super().__init__()
         self.module = module
         self.names = names
+        self.outputs = outputs
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.names, tensors, strict=True))
         keywords = {name: named.pop(name) for name in _BY_NAME & named.keys()}
         result = self.module(*named.values(), **keywords)
         if isinstance(result, torch.Tensor):
-            return result
-        return result[0]
+            return (result,)
+        return tuple(result[i] for i in range(self.outputs))
 
 
 _BY_NAME = frozenset({"class_labels"})
 
 
-def _translate(program: torch.export.ExportedProgram, inputs: list[str], output: str) -> ir.Model:
+def _translate(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """torch's own translation to ONNX, without its decompositions where they have nothing to do.
 
     Those trace the whole network twice more, two thirds of the time of an export, for the sake of in-place ops and of
@@ -86,8 +93,8 @@ def _translate(program: torch.export.ExportedProgram, inputs: list[str], output:
         torch.onnx.export,
         program,
         opset_version=OPSET,
-        input_names=inputs,
-        output_names=[output],
+        input_names=list(inputs),
+        output_names=list(outputs),
         optimize=False,  # torch's optimizer would fold transposed weights into nameless constants
         verbose=False,
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qncd_deploy.errors import CheckpointError, UsageError
-from qncd_deploy.models.source import SourceModel
+from qncd_deploy.models.source import SourceModel, size_ids
 
 COMPANIONS = ("features.onnx", "features-reference.npz")
 """Files that travel with a checkpoint: the feature network of the Frechet distance and its reference statistics."""
@@ -26,7 +26,13 @@ def artifact_name(path: Path) -> str:
 
 
 def load_source(
-    path: Path, *, config: Path | None = None, null_class: int | None = None, scheduler: str | None = None
+    path: Path,
+    *,
+    config: Path | None = None,
+    null_class: int | None = None,
+    scheduler: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> SourceModel:
     """Read a CompVis checkpoint with its YAML, a DDPM checkpoint in pixels, or a diffusers folder.
 
@@ -34,6 +40,7 @@ def load_source(
                 without, and also finds `<stem>.yml`.
             null_class: the class of classifier-free guidance, where the config does not say or says otherwise.
             scheduler: the sampler to use, by our name; by default the folder's own, else "ddim".
+            height, width: of the pictures; by default those that the model was trained for.
     Raises: CheckpointError if anything is missing, damaged or unsupported; UsageError if an argument does not apply;
             ScheduleError if the scheduler is unknown.
     """
@@ -52,5 +59,27 @@ def load_source(
         checkpoint = read_checkpoint(path)
         reader = ddpm if ddpm.is_ddpm(checkpoint) else compvis
         source = reader.read(checkpoint, config, null_class=null_class, scheduler=scheduler)
+    source = _resized(source, height, width)
     home = path if path.is_dir() else path.parent
     return replace(source, companions={name: home / name for name in COMPANIONS if (home / name).is_file()})
+
+
+def _resized(source: SourceModel, height: int | None, width: int | None) -> SourceModel:
+    """The same network for pictures of another size. Raises UsageError for one that it would have to pad."""
+    channels, *latent = source.latent_shape
+    factor = source.image_shape[1] // latent[0]
+    multiple = factor * 2 ** (len(source.unet.config.block_out_channels) - 1)
+    sides = []
+    for flag, value, own in (("--height", height, source.image_shape[1]), ("--width", width, source.image_shape[2])):
+        if value is not None and (value < 1 or value % multiple):
+            raise UsageError(
+                f"{flag} {value}: expected a multiple of {multiple}, which the network halves down to whole numbers "
+                f"({own} is its own)."
+            )
+        sides.append(own if value is None else value)
+    image_shape = (source.image_shape[0], *sides)
+    latent_shape = (channels, *(side // factor for side in sides))
+    text = source.text
+    if text is not None and text.facts.time_ids is not None:
+        text = replace(text, facts=replace(text.facts, time_ids=size_ids(image_shape)))
+    return replace(source, latent_shape=latent_shape, image_shape=image_shape, text=text)

@@ -1,4 +1,4 @@
-"""What every model reader hands on: network, schedule, condition and decoder, free of any file layout."""
+"""What every model reader hands on: network, schedule, condition or text, and decoder, free of any file layout."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from qncd_deploy.bundle import TextFacts
 from qncd_deploy.errors import UsageError
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.specs import TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from qncd_deploy.models.text import TextEncoder
+
+
+SIZES = 6
+"""Numbers that SDXL is told of a picture's sizes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +53,43 @@ class Condition:
 
 
 @dataclass(frozen=True, eq=False)
+class Text:
+    """How the network is told a prompt: the encoders, in the order in which their tokens are joined, and the rule (see
+    prompts.py); without sizes of a picture in `facts`, pooled text is not used.
+    """
+
+    encoders: tuple[TextEncoder, ...]
+    facts: TextFacts
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The graph inputs that prompts fill."""
+        width = sum(encoder.width for encoder in self.encoders)
+        tokens = TensorSpec("encoder_hidden_states", "float32", ("batch", self.facts.max_length, width))
+        pooled = self.encoders[-1].pooled
+        if self.facts.time_ids is None or pooled is None:
+            return (tokens,)
+        return (
+            tokens,
+            TensorSpec("text_embeds", "float32", ("batch", pooled)),
+            TensorSpec("time_ids", "float32", ("batch", len(self.facts.time_ids))),
+        )
+
+
+def size_ids(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """What SDXL is told of a picture (C, H, W): it was that large, is not cropped, and shall be that large."""
+    _, height, width = image_shape
+    return (height, width, 0, 0, height, width)
+
+
+@dataclass(frozen=True, eq=False)
 class SourceModel:
     """A trained model, ready to calibrate and trace.
 
     unet: diffusers module, float32, eval; `unet(sample, timestep, ...)` with the inputs of `input_specs`.
     latent_shape: (C, H, W) of the sampled state.   image_shape: (C, H, W) of the picture, values in [-1, 1].
     decoder: (N, *latent_shape) as the sampler leaves it -> (N, *image_shape); None if the state is the picture.
+    text: instead of a condition, where prompts are one.   few_steps: distilled to sample in 1 to 4 without guidance.
     companions: files beside the checkpoint that belong in the bundle, by name.   files: what was read, for hashing.
     notes: one line each on choices that were made for the user.
     """
@@ -65,6 +103,8 @@ class SourceModel:
     condition: Condition | None
     decoder: nn.Module | None
     files: Mapping[str, Path]
+    text: Text | None = None
+    few_steps: bool = False
     companions: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -75,6 +115,8 @@ class SourceModel:
             TensorSpec("sample", "float32", ("batch", *self.latent_shape)),
             TensorSpec("timestep", "float32", ("batch",)),
         ]
+        if self.text is not None:
+            return (*specs, *self.text.specs)
         rows = {} if self.condition is None else self.condition.rows
         specs += [TensorSpec(name, table.dtype.name, ("batch", *table.shape[1:])) for name, table in rows.items()]
         return tuple(specs)

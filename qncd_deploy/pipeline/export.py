@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qncd_deploy.bundle import MANIFEST, Manifest, check_files, read_manifest, write_manifest
+from qncd_deploy.bundle import MANIFEST, Manifest, TextFacts, check_files, read_manifest, write_manifest
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import (
     BACKENDS,
@@ -23,8 +23,9 @@ from qncd_deploy.engines.base import (
 )
 from qncd_deploy.errors import BundleError, QncdError
 from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.trace import trace_text_encoder
 from qncd_deploy.export.verify import FLOAT, verify
-from qncd_deploy.files import atomic_directory, sha256_file
+from qncd_deploy.files import atomic_directory, save_npz, sha256_file
 from qncd_deploy.models.load import artifact_name
 from qncd_deploy.pipeline.bits import check_budget
 from qncd_deploy.pipeline.calibrate import calibration_set
@@ -36,10 +37,12 @@ from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
 from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, quantize_weights
 from qncd_deploy.pipeline.smoothing import Smoothing
+from qncd_deploy.prompts import write_prompts
 from qncd_deploy.quant.policy import FLOAT_FORMAT
 from qncd_deploy.runtime import Bundle
 
 GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx"}
+PROMPT_FILES = {"prompts": "prompts.txt", "prompt-embedding": "prompt-embedding.npz"}
 LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy", "scipy")
 ENTRANTS = 2
 """Methods that auto chooses among on the second CPU engine and those after it."""
@@ -165,11 +168,25 @@ def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) ->
         save_siblings({"vae-decoder.onnx": network.decoder}, folder)
     if (values := _class_tokens(network)) is not None:
         np.save(folder / "class-embedding.npy", values, allow_pickle=False)
+    if network.facts.text is not None:
+        _write_text(folder, network, network.facts.text)
     for name, path in network.companions.items():
         shutil.copyfile(path, folder / name)
     (folder / "plan.json").write_text(quantized.plan.dumps(), encoding="utf-8")
     if quantized.steps is not None:
         quantized.steps.write(folder)
+
+
+def _write_text(folder: Path, network: FloatNetwork, text: TextFacts) -> None:
+    """Prompts and what encodes others; one encoder in memory at a time."""
+    assert network.embedding is not None
+    write_prompts(folder / PROMPT_FILES["prompts"], network.prompts)
+    save_npz(folder / PROMPT_FILES["prompt-embedding"], network.embedding)
+    for (tokenizer, tower), encoder in zip(text.roles, network.encoders, strict=True):
+        (folder / f"{tokenizer}.json").write_text(encoder.tokenizer.to_str(pretty=True), encoding="utf-8")
+        graph = trace_text_encoder(encoder.build(), encoder.max_length, encoder.outputs)
+        verify(graph, FLOAT, name=f"{tower}.onnx")
+        save_siblings({f"{tower}.onnx": graph}, folder)
 
 
 def _class_tokens(network: FloatNetwork) -> np.ndarray | None:
@@ -189,6 +206,10 @@ def _manifest(network: FloatNetwork, quantized: Quantized | None, options: Expor
         roles["decoder"] = "vae-decoder.onnx"
     if _class_tokens(network) is not None:
         roles["class-embedding"] = "class-embedding.npy"
+    if network.facts.text is not None:
+        roles |= PROMPT_FILES
+        for tokenizer, tower in network.facts.text.roles:
+            roles |= {tokenizer: f"{tokenizer}.json", tower: f"{tower}.onnx"}
     if quantized is not None and quantized.steps is not None:
         roles |= quantized.steps.roles
     roles |= {Path(name).stem: name for name in network.companions}
@@ -210,7 +231,7 @@ def _manifest(network: FloatNetwork, quantized: Quantized | None, options: Expor
 
 def _recipe(options: ExportOptions) -> dict[str, Any]:
     """By flag: every option that can change the bundle. Files are in the inputs, by hash."""
-    elsewhere = {"checkpoint", "config", "name", "calib_data", "seed", "resume", "force"}
+    elsewhere = {"checkpoint", "config", "name", "prompts_file", "calib_data", "seed", "resume", "force"}
     values = {key: value for key, value in asdict(options).items() if key not in elsewhere and not key.endswith("_dir")}
     return {f"--{key.replace('_', '-')}": list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 

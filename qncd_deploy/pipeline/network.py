@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -18,8 +19,9 @@ from qncd_deploy.export.passes.normalise import normalise
 from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace, trace_decoder
 from qncd_deploy.models.load import load_source
-from qncd_deploy.models.source import SourceModel
+from qncd_deploy.models.source import SourceModel, Text
 from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.prompts import prompt_table, read_prompts, shipped_prompts
 from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.qncd import ResBlock
 from qncd_deploy.sample import labels_for
@@ -27,8 +29,12 @@ from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
 from qncd_deploy.specs import Conditions, TensorSpec
 from qncd_deploy.steps import SamplerConfig, make_steps
 
+if TYPE_CHECKING:
+    from qncd_deploy.models.text import TextEncoder
+
 GUIDANCE = 1.5
-"""The default scale where there is a null class to guide away from."""
+TEXT_GUIDANCE = 7.5
+"""The default scales where there is a null class to guide away from, and where prompts are guided."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +42,8 @@ class FloatNetwork:
     """A float graph in normal form with what its structure says, and the facts of the model around it.
 
     schedule: None for a graph that came without one.  embedding: what the network is told of every class, (classes,
-    ...) by graph input.  files: what it was read from, by a name for the manifest.  companions: files that go into the
+    ...) by graph input; of a text model, every prompt.  prompts: those, without the negative one;  encoders: what made
+    the rows of them.  files: what it was read from, by a name for the manifest.  companions: files that go into the
     bundle as they are.
     """
 
@@ -49,6 +56,8 @@ class FloatNetwork:
     files: Mapping[str, Path]
     decoder: ir.Model | None = None
     embedding: Mapping[str, np.ndarray] | None = None
+    prompts: tuple[str, ...] = ()
+    encoders: tuple[TextEncoder, ...] = ()
     companions: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -69,19 +78,16 @@ def read_network(options: ExportOptions) -> FloatNetwork:
 
 def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
     source = load_source(
-        options.checkpoint, config=options.config, null_class=options.null_class, scheduler=options.scheduler
+        options.checkpoint,
+        config=options.config,
+        null_class=options.null_class,
+        scheduler=options.scheduler,
+        height=options.height,
+        width=options.width,
     )
     sampler = SamplerConfig(source.scheduler, options.n_steps, options.eta)
     make_steps(source.schedule, sampler)  # refuses a wrong number of steps before minutes are spent
-    condition = source.condition
-    null_class = None if condition is None else condition.null_class
-    scale = options.guidance_scale
-    if scale is None:
-        scale = 1.0 if null_class is None else GUIDANCE
-    if scale != 1 and null_class is None:
-        raise UsageError(
-            f"--guidance-scale {scale:g}: guidance needs a null class, and none is known. Name it with --null-class K."
-        )
+    told = _told_by_prompts(source.text, options) if source.text is not None else _told_by_classes(source, options)
     model = trace(source.unet, source.input_specs)
     decoder = None if source.decoder is None else trace_decoder(source.decoder, source.latent_shape)
     inputs = find_inputs(model, sample="sample", timestep="timestep")
@@ -97,16 +103,60 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
             image_shape=None if decoder is None else source.image_shape,
             schedule=source.schedule.to_json(),
             sampler={"scheduler": sampler.scheduler, "n_steps": sampler.n_steps, "eta": sampler.eta},
-            guidance_scale=scale,
-            condition=_condition_facts(source),
+            guidance_scale=_guidance(source, told.condition, options),
+            condition=told.condition,
+            text=None if source.text is None else source.text.facts,
         ),
         schedule=source.schedule,
-        files=source.files,
+        files={**source.files, **({} if options.prompts_file is None else {"prompts": options.prompts_file})},
         decoder=decoder,
-        embedding=None if condition is None else condition.rows,
+        embedding=told.rows,
+        prompts=told.prompts,
+        encoders=() if source.text is None else source.text.encoders,
         companions=source.companions,
         notes=source.notes,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What the network can be told: rows of its conditions, and what they stand for."""
+
+    condition: ConditionFacts | None
+    rows: Mapping[str, np.ndarray] | None
+    prompts: tuple[str, ...] = ()
+
+
+def _told_by_classes(source: SourceModel, options: ExportOptions) -> _Told:
+    if options.prompts_file is not None:
+        raise UsageError(f"--prompts-file {options.prompts_file}: the network takes no prompts. Leave it out.")
+    condition = source.condition
+    if condition is None:
+        return _Told(None, None)
+    return _Told(ConditionFacts(condition.kind, condition.classes, condition.null_class), condition.rows)
+
+
+def _told_by_prompts(text: Text, options: ExportOptions) -> _Told:
+    """A table of prompts, the last row being the negative one, which is empty."""
+    prompts = shipped_prompts() if options.prompts_file is None else read_prompts(options.prompts_file)
+    towers = [(encoder.tokenizer, encoder.encode) for encoder in text.encoders]
+    rows = prompt_table(prompts, "", towers, text.facts)
+    return _Told(ConditionFacts("text", len(prompts) + 1, len(prompts)), rows, prompts)
+
+
+def _guidance(source: SourceModel, condition: ConditionFacts | None, options: ExportOptions) -> float:
+    """The scale that was asked for, or the usual one. Raises UsageError if there is nothing to guide away from."""
+    null_class = None if condition is None else condition.null_class
+    scale = options.guidance_scale
+    if scale is None:
+        if null_class is None or source.few_steps:
+            return 1.0
+        return GUIDANCE if source.text is None else TEXT_GUIDANCE
+    if scale != 1 and null_class is None:
+        raise UsageError(
+            f"--guidance-scale {scale:g}: guidance needs a null class, and none is known. Name it with --null-class K."
+        )
+    return scale
 
 
 def condition_rows(network: FloatNetwork, indices: Sequence[int]) -> tuple[Conditions | None, Conditions | None]:
@@ -123,17 +173,16 @@ def condition_rows(network: FloatNetwork, indices: Sequence[int]) -> tuple[Condi
     return given, None if null is None else {name: table[[null]] for name, table in tables}
 
 
-def _condition_facts(source: SourceModel) -> ConditionFacts | None:
-    condition = source.condition
-    return None if condition is None else ConditionFacts(condition.kind, condition.classes, condition.null_class)
-
-
 def _from_graph(options: ExportOptions) -> FloatNetwork:
     path = options.checkpoint
     if options.null_class is not None:
         raise UsageError("--null-class: a bare graph is not sampled with guidance. Leave it out.")
     if options.guidance_scale not in (None, 1.0):
         raise UsageError("--guidance-scale: a bare graph is not sampled with guidance. Leave it out.")
+    unused = {"--height": options.height, "--width": options.width, "--prompts-file": options.prompts_file}
+    for flag, value in unused.items():
+        if value is not None:
+            raise UsageError(f"{flag} {value}: a bare graph is quantized as it is. Leave it out.")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Give a float ONNX graph.")
     try:

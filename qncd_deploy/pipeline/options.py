@@ -32,9 +32,11 @@ class ExportOptions:
     """Every choice of an export; the defaults are those of the command line.
 
     checkpoint: CompVis checkpoint, diffusers folder or float ONNX graph. config: the YAML of a checkpoint, or the
-    scheduler_config.json of a graph. calib_size: pictures whose trajectories are recorded; calib_steps: network
-    calls recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of the
-    multiplications that may stay float where rounding costs most. avg_bits, max_size: budget of the weights, in
+    scheduler_config.json of a graph. prompts_file: what calibrates a text model and what it samples by default, one
+    prompt a line; None is a list of our own. height, width: of the pictures; None is the model's. calib_size: pictures
+    whose trajectories are recorded; calib_steps: network calls recorded of each. exclude, include: regular
+    expressions on weight names. keep_float: percent of the multiplications that may stay float where rounding costs
+    most. avg_bits, max_size: budget of the weights, in
     bits per weight or in bytes of all. block_size: weights of a 4-bit block, for w4a16 alone; None is BLOCK_SIZE.
     split: "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto" those whose
     held-out error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of activations to
@@ -55,6 +57,9 @@ class ExportOptions:
     eta: float = 0.0
     guidance_scale: float | None = None
     null_class: int | None = None
+    prompts_file: Path | None = None
+    height: int | None = None
+    width: int | None = None
     calib_size: int = 32
     calib_steps: int = 10
     calib_method: str = "mse"
