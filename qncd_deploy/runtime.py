@@ -227,6 +227,8 @@ class Bundle:
         tables: Sequence[Path] = (),
         blobs: Sequence[Path] = (),
         act_bits: int | None = None,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
     ) -> Sampler:
         """Open the engines and choose the correction: everything but the pictures.
 
@@ -239,6 +241,7 @@ class Bundle:
         tables: correction files to look into before the bundle's own.  blobs: what `qncd build` compiled, used for the
             shapes it was made for; those for other machines are passed over, unless there are no others.
         act_bits: of a bundle whose activations have other bits at other timesteps, these at all of them.
+        vae_slicing, vae_tiling: decode one picture at a time, or in overlapping tiles, which need less memory.
 
         Raises: UsageError, ScheduleError, EngineError or BundleError, each with what to do.
         """
@@ -259,9 +262,10 @@ class Bundle:
             unet = opened.enter_context(self.open_network(backend, roles, remainder=remainder, threads=threads))
             parts = unet.parts if isinstance(unet, SteppedEngine) else (unet,)
             engines = dict(zip(roles, parts, strict=True))
-            if "decoder" in self.manifest.roles:
-                decoder = open_engine(backend, self.file("decoder"), remainder="f32", threads=threads)
-                engines["decoder"] = opened.enter_context(decoder)
+            part = self._decoder_role(slicing=vae_slicing, tiling=vae_tiling)
+            if part is not None:
+                decoder = open_engine(backend, self.file(part), remainder="f32", threads=threads)
+                engines[part] = opened.enter_context(decoder)
             self._load_blobs(engines, blobs)
             network = Network(
                 place=self.path,
@@ -269,9 +273,10 @@ class Bundle:
                 facts=self.manifest.model,
                 schedule=self.schedule,
                 unet=unet,
-                decoder=engines.get("decoder"),
+                decoder=None if part is None else engines[part],
                 embedding=self.embedding,
                 text=self._text(backend, threads),
+                slices=vae_slicing,
             )
             return Sampler(
                 network,
@@ -281,6 +286,17 @@ class Bundle:
                 batch_size=batch_size,
                 resources=opened.pop_all(),
             )
+
+    def _decoder_role(self, *, slicing: bool, tiling: bool) -> str | None:
+        """Of the graph to decode with, None if there is none. Raises UsageError for a way that the bundle lacks."""
+        flag = "--vae-tiling" if tiling else "--vae-slicing"
+        if "decoder" not in self.manifest.roles:
+            if slicing or tiling:
+                raise UsageError(f"{flag}: {self.path} has no decoder. Leave it out.")
+            return None
+        if tiling and "decoder-tile" not in self.manifest.roles:
+            raise UsageError(f"{flag}: the pictures of {self.path} are too small for tiles. Leave it out.")
+        return "decoder-tile" if tiling else "decoder"
 
     def _suffix(self, act_bits: int) -> str:
         """Of the roles of a network with activations of these bits at all timesteps. Raises UsageError."""

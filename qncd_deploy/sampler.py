@@ -20,7 +20,8 @@ from qncd_deploy.correct.fitting import State
 from qncd_deploy.correct.record import CorrectionTable, StepFix, fixed_steps
 from qncd_deploy.correct.rules import check
 from qncd_deploy.engines.base import BaseEngine, Kernel
-from qncd_deploy.engines.eps_model import EngineModel, group_rows, in_groups, input_roles, input_shapes, row_sizes
+from qncd_deploy.engines.decoder import decode
+from qncd_deploy.engines.eps_model import EngineModel, group_rows, input_roles, input_shapes, row_sizes
 from qncd_deploy.errors import Diverged, UsageError
 from qncd_deploy.pictures import Pictures, to_uint8
 from qncd_deploy.sample import PictureNoise, denoise, guided, labels_for
@@ -52,7 +53,7 @@ class Network:
 
     place: the bundle, for messages;  source: hash of the graph and its weights;  decoder: None if the latents are the
     pictures;  embedding: what the network is told of every class, (classes, ...) by graph input; None without classes;
-    text: of a network whose classes are prompts.
+    text: of a network whose classes are prompts;  slices: pictures are decoded one at a time.
     """
 
     place: Path
@@ -63,6 +64,7 @@ class Network:
     decoder: BaseEngine | None
     embedding: Mapping[str, np.ndarray] | None
     text: Text | None = None
+    slices: bool = False
 
 
 class Sampler:
@@ -254,10 +256,8 @@ class Sampler:
         decoder = self.network.decoder
         if decoder is None:
             return latents if latents.shape[1] in (1, 3) else None
-        (spec,) = decoder.inputs.values()
-        output = next(iter(decoder.outputs))
-        rows = row_sizes(decoder, spec, batch_size or min(self.batch_size, len(latents)))
-        return in_groups(lambda group: decoder({spec.name: group})[output], [latents], rows=rows)
+        rows = 1 if self.network.slices else batch_size or min(self.batch_size, len(latents))
+        return decode(decoder, latents, rows=rows)
 
     def kernels(self) -> tuple[Kernel, ...]:
         """What the engine runs for a full batch; () where the backend cannot tell."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ pytest.importorskip("onnxruntime")
 
 from cli_helpers import qncd, qncd_process
 from text_bundle import PROMPTS, write_text_bundle
+
+from qncd_deploy.bundle import read_manifest, write_manifest
 
 HERE = ("--backend", "onnxruntime", "--threads", 1)
 
@@ -55,6 +59,30 @@ def test_what_was_drawn_is_told_and_what_was_cut_is_said(words: Path, tmp_path: 
     facts = json.loads(done.out)
     assert facts["prompts"] == [prompt] and facts["pictures"] == 1
     assert "longer than the window of 77 tokens, cut: 'dog dog dog dog dog'" in done.line
+
+
+def test_decoding_in_less_memory_gives_the_same_pictures(words: Path, tmp_path: Path) -> None:
+    whole = drawn(tmp_path, words, "-n", 3)
+    for flags in (["--vae-slicing"], ["--vae-tiling"], ["--vae-slicing", "--vae-tiling"]):
+        found = drawn(tmp_path, words, "-n", 3, *flags)
+        np.testing.assert_array_equal(found["latents"], whole["latents"])
+        # Every pixel comes from its own latent here, so tiles differ by the rounding of their weights.
+        assert np.abs(found["images"].astype(int) - whole["images"]).max() <= 1
+
+
+def test_decoding_that_a_bundle_has_no_graph_for_is_refused(words: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "words-w8a8"
+    shutil.copytree(words, folder)
+    manifest = read_manifest(folder)
+    for role, flag, said in (
+        ("decoder-tile", "--vae-tiling", "--vae-tiling: the pictures of"),
+        ("decoder", "--vae-slicing", "--vae-slicing: "),
+        ("decoder", "--vae-tiling", "has no decoder. Leave it out."),
+    ):
+        roles = {name: file for name, file in manifest.roles.items() if not name.startswith(role)}
+        write_manifest(folder, replace(manifest, roles=roles))
+        done = qncd("sample", folder, flag, *HERE, "-o", tmp_path / "x.npz")
+        assert done.code == 2 and said in done.line
 
 
 @pytest.mark.parametrize(

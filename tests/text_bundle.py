@@ -48,7 +48,7 @@ encode (int64[batch,77] input_ids) => (float[batch,77,WIDTH] hidden MORE) {
     BODY
 }"""
 DECODER = """<ir_version: 9, opset_import: ["" : 18]>
-decode (float[batch,4,8,8] latents) => (float[batch,3,64,64] images) {
+decode (float[batch,4,SIDE,SIDE] latents) => (float[batch,3,PIXELS,PIXELS] images) {
     y = Conv(latents, w)
     images = Resize<mode="nearest",coordinate_transformation_mode="asymmetric",nearest_mode="floor">(y, , factors)
 }"""
@@ -105,9 +105,12 @@ def write_text_bundle(folder: Path, *, encoders: int = 1, guidance: float = 7.5,
     text = UNET.replace("WIDTH", str(width)).replace("MORE", inputs).replace("BODY", body)
     for name in ("unet", "unet-ort", "unet-float"):
         _save(folder / f"{name}.onnx", text, {**constants, **weights})
-    _save(folder / "vae-decoder.onnx", DECODER, {"w": held["w"], "factors": np.array([1, 1, 8, 8], np.float32)})
+    for name, side in (("vae-decoder", 8), ("vae-decoder-tile", 5)):
+        text = DECODER.replace("SIDE", str(side)).replace("PIXELS", str(8 * side))
+        _save(folder / f"{name}.onnx", text, {"w": held["w"], "factors": np.array([1, 1, 8, 8], np.float32)})
     facts = TextFacts(encoders, TOKENS, time_ids=SIZES if pooling else None, zero_null=False)
     roles = {"master": "unet.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx", "decoder": "vae-decoder.onnx"}
+    roles |= {"decoder-tile": "vae-decoder-tile.onnx"}
     roles |= {"plan": "plan.json", "prompts": "prompts.txt", "prompt-embedding": "prompt-embedding.npz"}
     for number, ((words, encoder), tokenizer) in enumerate(zip(facts.roles, tokenizers(encoders), strict=True)):
         roles |= {words: f"{words}.json", encoder: f"{encoder}.onnx"}

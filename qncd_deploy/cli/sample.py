@@ -58,6 +58,13 @@ from qncd_deploy.subjects import check_prompts, check_size, parse_labels
 @remainder_option
 @batch_size_option
 @threads_option
+@click.option("--vae-slicing", is_flag=True, help="Decode one picture at a time, which needs less memory.")
+@click.option(
+    "--vae-tiling",
+    is_flag=True,
+    help="Decode in tiles that overlap: less memory still, more arithmetic, and pictures that differ a little. For "
+    "pictures of 512 pixels a side or more.",
+)
 @engine_dir_option
 @click.option(
     "-o",
@@ -84,6 +91,8 @@ def sample_command(
     remainder: Remainder | None,
     batch_size: int | None,
     threads: int | None,
+    vae_slicing: bool,
+    vae_tiling: bool,
     engine_dir: Path,
     out: Path,
     as_json: bool,
@@ -113,6 +122,8 @@ def sample_command(
         remainder=remainder,
         tables=tuple(fitted_tables(engine_dir, bundle)),
         blobs=() if float_twin else tuple(compiled_blobs(engine_dir, bundle, engine_id)),
+        vae_slicing=vae_slicing,
+        vae_tiling=vae_tiling,
     )
     draw = Draw(count, seed=seed, labels=labels, sampling=sampling, batch_size=batch_size, threads=threads)
     extra_calls = 0

@@ -32,6 +32,8 @@ class Variant:
     bundle: Bundle | None = None
     tables: tuple[Path, ...] = ()
     blobs: tuple[Path, ...] = ()
+    vae_slicing: bool = False
+    vae_tiling: bool = False
 
     def open(self, bundle: Bundle, draw: Draw) -> Sampler:
         """A sampler of this variant. Raises as Bundle.sampler does; UsageError for a bundle of another network."""
@@ -50,6 +52,8 @@ class Variant:
             threads=draw.threads,
             tables=self.tables,
             blobs=self.blobs,
+            vae_slicing=self.vae_slicing,
+            vae_tiling=self.vae_tiling,
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from qncd_deploy.bundle import MANIFEST, Manifest, TextFacts, check_files, read_manifest, write_manifest
 from qncd_deploy.correct.methods import METHODS
@@ -43,6 +44,7 @@ from qncd_deploy.runtime import Bundle
 
 GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx"}
 PROMPT_FILES = {"prompts": "prompts.txt", "prompt-embedding": "prompt-embedding.npz"}
+DECODERS = {"decoder": "vae-decoder.onnx", "decoder-tile": "vae-decoder-tile.onnx"}
 LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy", "scipy")
 ENTRANTS = 2
 """Methods that auto chooses among on the second CPU engine and those after it."""
@@ -163,9 +165,11 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
 
 def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) -> None:
     save_siblings(quantized.graphs, folder)
-    if network.decoder is not None:
-        verify(network.decoder, FLOAT, name="vae-decoder.onnx")
-        save_siblings({"vae-decoder.onnx": network.decoder}, folder)
+    decoders = {DECODERS[role]: graph for role, graph in _decoders(network).items()}
+    for name, graph in decoders.items():
+        verify(graph, FLOAT, name=name)
+    if decoders:
+        save_siblings(decoders, folder)
     if (values := _class_tokens(network)) is not None:
         np.save(folder / "class-embedding.npy", values, allow_pickle=False)
     if network.facts.text is not None:
@@ -189,6 +193,12 @@ def _write_text(folder: Path, network: FloatNetwork, text: TextFacts) -> None:
         save_siblings({f"{tower}.onnx": graph}, folder)
 
 
+def _decoders(network: FloatNetwork) -> dict[str, ir.Model]:
+    """Those there are, by role: of whole pictures, and of the tiles of large ones."""
+    graphs = {"decoder": network.decoder, "decoder-tile": network.decoder_tile}
+    return {role: graph for role, graph in graphs.items() if graph is not None}
+
+
 def _class_tokens(network: FloatNetwork) -> np.ndarray | None:
     """Rows that stand for classes, (classes, L, D); None where there are none, or the numbers of classes do."""
     condition = network.facts.condition
@@ -202,8 +212,7 @@ def _class_tokens(network: FloatNetwork) -> np.ndarray | None:
 def _manifest(network: FloatNetwork, quantized: Quantized | None, options: ExportOptions) -> Manifest:
     """Everything but the figures and the hashes of the files; without `quantized`, for comparing recipes only."""
     roles = {**GRAPHS, "plan": "plan.json"}
-    if network.decoder is not None:
-        roles["decoder"] = "vae-decoder.onnx"
+    roles |= {role: DECODERS[role] for role in _decoders(network)}
     if _class_tokens(network) is not None:
         roles["class-embedding"] = "class-embedding.npy"
     if network.facts.text is not None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import yaml
 
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
+from qncd_deploy.engines.decoder import tile_shape
 from qncd_deploy.errors import CheckpointError, ExportError, UsageError, first_line
 from qncd_deploy.export.graph import Inputs, find_inputs, find_sites
 from qncd_deploy.export.passes.normalise import normalise
@@ -55,6 +56,7 @@ class FloatNetwork:
     schedule: Schedule | None
     files: Mapping[str, Path]
     decoder: ir.Model | None = None
+    decoder_tile: ir.Model | None = None
     embedding: Mapping[str, np.ndarray] | None = None
     prompts: tuple[str, ...] = ()
     encoders: tuple[TextEncoder, ...] = ()
@@ -90,6 +92,8 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
     told = _told_by_prompts(source.text, options) if source.text is not None else _told_by_classes(source, options)
     model = trace(source.unet, source.input_specs)
     decoder = None if source.decoder is None else trace_decoder(source.decoder, source.latent_shape)
+    tiles = None if source.decoder is None else tile_shape(source.latent_shape, source.image_shape)
+    tile = None if source.decoder is None or tiles is None else trace_decoder(source.decoder, tiles)
     inputs = find_inputs(model, sample="sample", timestep="timestep")
     return FloatNetwork(
         model=model,
@@ -113,6 +117,7 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
         embedding=told.rows,
         prompts=told.prompts,
         encoders=() if source.text is None else source.text.encoders,
+        decoder_tile=tile,
         companions=source.companions,
         notes=source.notes,
     )
