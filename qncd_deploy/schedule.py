@@ -19,10 +19,11 @@ import numpy as np
 from qncd_deploy.errors import ScheduleError
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "quad"]
 Variance = Literal["fixed_small", "fixed_large"]
 FinalSigma = Literal["zero", "sigma_min"]
 
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 SCHEDULERS = ("ddim", "ddpm", "plms", "dpmpp-2m", "euler", "euler-a")
 
 _DIFFUSERS_CLASSES = {
@@ -75,7 +76,8 @@ class Schedule:
 
     alphas_cumprod    (T,) float64, never increasing, in [0, 1]; entry t is abar_t
     prediction        what the network returns: eps, v = sqrt(abar) eps - sqrt(1 - abar) x_0, or x_0
-    timestep_spacing  how n_steps are spread over T: Table 2 of Lin et al., arXiv:2305.08891
+    timestep_spacing  how n_steps are spread over T: Table 2 of Lin et al., arXiv:2305.08891; or "quad", which has more
+                      of them where there is little noise (ddim on CIFAR-10, arXiv:2010.02502, appendix D.2)
     steps_offset      added to every timestep of "leading" spacing
     final_abar        last target of ddim and plms: alphas_cumprod[0] (CompVis) or 1 (ddpm always ends at 1)
     clip_sample       ddim, ddpm: clip the predicted x_0 to [-clip_sample, clip_sample]; None = off

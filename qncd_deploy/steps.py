@@ -30,6 +30,7 @@ import numpy as np
 from qncd_deploy.errors import ScheduleError
 from qncd_deploy.schedule import SCHEDULERS, Prediction, Schedule
 from qncd_deploy.specs import Array
+from qncd_deploy.timesteps import timesteps_of
 
 _ADAMS_BASHFORTH = (
     (1.0,),
@@ -271,7 +272,7 @@ class _Node:
 def _nodes(schedule: Schedule, config: SamplerConfig) -> list[_Node]:
     """Start and target of each of the n_steps steps; for PLMS the doubled second call is put in."""
     table, name = schedule.alphas_cumprod, config.scheduler
-    times = _timesteps(schedule, config)
+    times = timesteps_of(schedule, config.scheduler, config.n_steps)
     nexts: list[tuple[float | None, float]]
     if name in _SIGMA_SAMPLERS:
         table = np.where(table > 0, table, _LEAST_ABAR)
@@ -281,9 +282,10 @@ def _nodes(schedule: Schedule, config: SamplerConfig) -> list[_Node]:
         keeps_noise = schedule.final_sigma == "sigma_min" and name != "euler-a"
         nexts = [(float(t), v) for t, v in zip(times[1:], abar[1:], strict=True)]
         nexts += [(None, float(table[0]) if keeps_noise else 1.0)]
-    elif name == "ddpm":
+    elif name == "ddpm" or schedule.timestep_spacing == "quad":
         abar = [float(table[int(t)]) for t in times]
-        nexts = [(float(t), v) for t, v in zip(times[1:], abar[1:], strict=True)] + [(None, 1.0)]
+        last = 1.0 if name == "ddpm" else schedule.final_abar
+        nexts = [(float(t), v) for t, v in zip(times[1:], abar[1:], strict=True)] + [(None, last)]
     else:
         # ddim and plms aim T // n_steps below, which linspace and trailing timesteps may miss by one: as diffusers do
         abar = [float(table[int(t)]) for t in times]
@@ -300,28 +302,6 @@ def _nodes(schedule: Schedule, config: SamplerConfig) -> list[_Node]:
         redo = _Node(second.t, second.t, float(table[int(second.t) + table.size // config.n_steps]), second.abar)
         nodes.insert(1, redo)
     return nodes
-
-
-def _timesteps(schedule: Schedule, config: SamplerConfig) -> np.ndarray:
-    """The n_steps timesteps of a sampler, falling; whole numbers but for Euler's linspace."""
-    total, n = schedule.alphas_cumprod.size, config.n_steps
-    if n > total:
-        raise ScheduleError(f"n_steps {n}: the network was trained on {total} timesteps. Ask for {total} or fewer.")
-    points = n + 1 if config.scheduler == "dpmpp-2m" else n  # the solver's grid has one node more, its target
-    if schedule.timestep_spacing == "trailing":
-        times = np.round(total - np.arange(n) * (total / n)) - 1
-    elif schedule.timestep_spacing == "linspace":
-        times = np.linspace(0, total - 1, points)[::-1][:n]
-        if config.scheduler not in ("euler", "euler-a"):
-            times = np.round(times)
-    else:
-        times = (np.arange(points) * (total // points))[::-1][:n] + float(schedule.steps_offset)
-    if times[0] >= total:
-        raise ScheduleError(
-            f"n_steps {n} with steps_offset {schedule.steps_offset} starts at timestep {times[0]:.0f}, the network was "
-            f"trained on 0 .. {total - 1}. Ask for fewer steps."
-        )
-    return times
 
 
 def _ddim_row(node: _Node, eta: float, clip: float | None = None) -> Step:

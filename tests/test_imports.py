@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 
 ORDER = (
-    "errors", "specs", "files", "bundle", "prompts", "subjects", "schedule", "steps", "stepping", "correct", "sample",
-    "study", "checkpoint", "models", "calib", "quant", "export", "engines", "reconstruct", "pictures", "sampler",
-    "runtime", "evaluate", "pipeline", "cli",
+    "errors", "specs", "files", "bundle", "prompts", "subjects", "schedule", "timesteps", "steps", "stepping",
+    "correct", "sample", "study", "checkpoint", "models", "calib", "quant", "export", "engines", "reconstruct",
+    "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
@@ -39,7 +39,6 @@ ISLANDS = {
     "yaml": ("models", "pipeline/network.py"),
     "onnx": ("export", "engines/torch_"),
     "onnx_ir": ("export", "reconstruct", *EXPORTING),
-    "tokenizers": ("models", "prompts.py"),
     "networkx": ("export/blocks.py",),
     "onnxscript": ("export",),
     "scipy": ("quant/program.py",),
@@ -111,7 +110,6 @@ def test_the_runtime_starts_without_torch_onnx_or_diffusers() -> None:
     code = (
         "import sys, qncd_deploy.runtime, qncd_deploy.cli\n"
         "heavy = {'torch', 'onnx', 'diffusers', 'onnx_ir', 'openvino', 'onnxruntime', 'scipy', 'matplotlib'}\n"
-        "heavy |= {'tokenizers', 'transformers'}\n"
         "found = heavy & set(sys.modules)\n"
         "assert not found, found\n"
     )

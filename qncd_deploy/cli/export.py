@@ -28,7 +28,7 @@ from qncd_deploy.pipeline.options import (
     ExportOptions,
 )
 from qncd_deploy.quant.policy import BLOCK_SIZE, BLOCK_SIZES
-from qncd_deploy.schedule import SCHEDULERS
+from qncd_deploy.schedule import SCHEDULERS, SPACINGS
 
 if TYPE_CHECKING:
     from qncd_deploy.pipeline.export import Exported
@@ -74,6 +74,12 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the folder's own, else ddim]")
 @click.option("--n-steps", type=int, default=DEFAULTS.n_steps, help="Sampling steps.")
 @click.option("--eta", type=float, default=DEFAULTS.eta, help="Noise of ddim, 0 to 1.")
+@click.option(
+    "--timestep-spacing",
+    type=click.Choice(SPACINGS),
+    help="How the steps are spread over the training timesteps; quad has more of them where there is little noise.  "
+    "[default: the folder's own, else leading]",
+)
 @click.option(
     "--guidance-scale",
     type=float,

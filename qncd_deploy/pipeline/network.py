@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,8 +87,9 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
         height=options.height,
         width=options.width,
     )
+    schedule = _spaced(source.schedule, options)
     sampler = SamplerConfig(source.scheduler, options.n_steps, options.eta)
-    make_steps(source.schedule, sampler)  # refuses a wrong number of steps before minutes are spent
+    make_steps(schedule, sampler)  # refuses a wrong number of steps before minutes are spent
     told = _told_by_prompts(source.text, options) if source.text is not None else _told_by_classes(source, options)
     model = trace(source.unet, source.input_specs)
     decoder = None if source.decoder is None else trace_decoder(source.decoder, source.latent_shape)
@@ -105,13 +106,13 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
             inputs=source.input_specs,
             latent_shape=source.latent_shape,
             image_shape=None if decoder is None else source.image_shape,
-            schedule=source.schedule.to_json(),
+            schedule=schedule.to_json(),
             sampler={"scheduler": sampler.scheduler, "n_steps": sampler.n_steps, "eta": sampler.eta},
             guidance_scale=_guidance(source, told.condition, options),
             condition=told.condition,
             text=None if source.text is None else source.text.facts,
         ),
-        schedule=source.schedule,
+        schedule=schedule,
         files={**source.files, **({} if options.prompts_file is None else {"prompts": options.prompts_file})},
         decoder=decoder,
         embedding=told.rows,
@@ -249,11 +250,18 @@ def _external_files(path: Path, model: ir.Model) -> list[Path]:
     return sorted(name for name in names if (path.parent / name).is_file())
 
 
+def _spaced(schedule: Schedule, options: ExportOptions) -> Schedule:
+    """The schedule with the timesteps that were asked for."""
+    spacing = options.timestep_spacing
+    return schedule if spacing is None else replace(schedule, timestep_spacing=spacing)
+
+
 def _schedule_of(options: ExportOptions) -> tuple[Schedule | None, SamplerConfig | None]:
     """The schedule of a bare graph, read from the diffusers scheduler config that --config names."""
     if options.config is None:
-        if options.scheduler is not None:
-            raise UsageError("--scheduler: a bare graph needs its schedule too. Give --config scheduler_config.json.")
+        for flag, value in (("--scheduler", options.scheduler), ("--timestep-spacing", options.timestep_spacing)):
+            if value is not None:
+                raise UsageError(f"{flag}: a bare graph needs its schedule too. Give --config scheduler_config.json.")
         return None, None
     try:
         config = yaml.safe_load(options.config.read_text(encoding="utf-8"))  # JSON is YAML
@@ -261,7 +269,7 @@ def _schedule_of(options: ExportOptions) -> tuple[Schedule | None, SamplerConfig
         raise CheckpointError(f"{options.config}: cannot be read ({first_line(error)}).") from error
     if not isinstance(config, dict) or "_class_name" not in config:
         raise CheckpointError(f"{options.config}: not a scheduler config of diffusers (no _class_name).")
-    schedule = Schedule.from_diffusers(json.loads(json.dumps(config)))
+    schedule = _spaced(Schedule.from_diffusers(json.loads(json.dumps(config))), options)
     name = options.scheduler or scheduler_name_from_diffusers(config["_class_name"])
     sampler = SamplerConfig(name, options.n_steps, options.eta)
     make_steps(schedule, sampler)

@@ -12,6 +12,7 @@ from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.quant.policy import BLOCK_SIZES, FLOAT_FORMAT
 from qncd_deploy.reconstruct.preset import PRESETS
+from qncd_deploy.schedule import SPACINGS
 
 WEIGHT_ONLY_FORMAT = "w4a16"
 FORMATS = (FLOAT_FORMAT, "w8a8", "w4a8", "w4a6", "w4a4", WEIGHT_ONLY_FORMAT)
@@ -55,6 +56,7 @@ class ExportOptions:
     scheduler: str | None = None
     n_steps: int = 20
     eta: float = 0.0
+    timestep_spacing: str | None = None
     guidance_scale: float | None = None
     null_class: int | None = None
     prompts_file: Path | None = None
@@ -97,9 +99,10 @@ class ExportOptions:
             ("--objective", self.objective, OBJECTIVES),
             ("--calib-method", self.calib_method, CALIB_METHODS),
             ("--asymmetric", self.asymmetric, ASYMMETRIC),
+            ("--timestep-spacing", self.timestep_spacing, (None, *SPACINGS)),
         ):
             if value not in known:
-                raise UsageError(f"{flag} {value}: expected one of {', '.join(known)}.")
+                raise UsageError(f"{flag} {value}: expected one of {', '.join(filter(None, known))}.")
         for flag, count, least in (
             ("--calib-size", self.calib_size, 1),
             ("--calib-steps", self.calib_steps, 1),
