@@ -20,6 +20,7 @@ from export_helpers import parsed, run  # noqa: E402
 from qncd_deploy.calib.trajectories import CalibSet, load_user_npz  # noqa: E402
 from qncd_deploy.cli.export import _smoothing_line  # noqa: E402
 from qncd_deploy.export.linears import find_linear_edges  # noqa: E402
+from qncd_deploy.pipeline import quantize as quantizing  # noqa: E402
 from qncd_deploy.pipeline import smoothing as judging  # noqa: E402
 from qncd_deploy.pipeline.network import FloatNetwork, read_network  # noqa: E402
 from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
@@ -149,6 +150,30 @@ def test_the_quantized_network_has_what_lowers_its_error(network, tmp_path: Path
 
 def decision(*layers: str) -> Decision:
     return Decision(layers, "s", np.ones(C, np.float32), 1.0, 0.5)
+
+
+def test_layers_that_forms_have_in_common_are_planned_once(network, tmp_path: Path, monkeypatch) -> None:
+    net, calib, options = network
+    policy, planned = policy_of(options), []
+    search = type(policy).weight_grid
+
+    def counted(self, weight, *args, **kwargs):
+        planned.append(weight.shape)
+        return search(self, weight, *args, **kwargs)
+
+    monkeypatch.setattr(type(policy), "weight_grid", counted)
+    smoothed = find_smoothing(net, calib, options, policy, tmp_path, tick)
+    forms = [net.model, smoothed.fold(net.model)]
+    seen = quantizing._ranges(net, (net.model, smoothed.divide(net.model)), calib, policy, tmp_path, tick)
+    planned.clear()
+    apart = [quantizing._drafts(net, [form], seen, policy, {})[0].plan for form in forms]
+    alone = len(planned)
+    planned.clear()
+    together = [draft.plan for draft in quantizing._drafts(net, forms, seen, policy, {})]
+    assert [plan.dumps() for plan in together] == [plan.dumps() for plan in apart]
+    assert together[0].dumps() != together[1].dumps()  # smoothing did change some
+    changed = sum(len(smoothed.linears[name].layers) for name in smoothed.folded)
+    assert alone - len(planned) == len(apart[0].quantized) - changed > 0
 
 
 def test_blocks_and_linears_are_alternatives() -> None:

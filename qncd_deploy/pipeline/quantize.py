@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def quantize_weights(network: FloatNetwork, options: ExportOptions, progress: Pr
     weights, or nothing quantized at all, the baseline of the other formats. Raises: PlanError or ExportError.
     """
     with progress.stage("graphs"):
-        draft = _draft(network, network.model, {}, policy_of(options), {})
+        (draft,) = _drafts(network, [network.model], {}, policy_of(options), {})
         graphs = _graphs(network.model, draft.master(), draft.plan)
         return Quantized(draft.plan, Smoothing.none(), Splitting({}, ()), Bits(), graphs)
 
@@ -96,7 +96,7 @@ def quantize(
     with progress.stage("sensitivity"):
         bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch)
     models = [splitting.apply(each.fold(network.model)) for each in alternatives]
-    drafts = [_draft(network, model, seen, policy, bits.exceptions) for model in models]
+    drafts = _drafts(network, models, seen, policy, bits.exceptions)
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
@@ -135,16 +135,25 @@ def _preset(options: ExportOptions, policy: Policy) -> Preset | None:
     return PRESETS.get(name)
 
 
-def _draft(
+def _drafts(
     network: FloatNetwork,
-    model: ir.Model,
+    models: Sequence[ir.Model],
     seen: Mapping[str, TensorStats],
     policy: Policy,
     exceptions: Mapping[str, Choice],
-) -> Draft:
-    sites = find_sites(model, network.inputs)
-    weights = {site.name: constant(model.graph.initializers[site.name]) for site in sites}
-    return Draft(model, make_plan(sites, weights, seen, policy, exceptions=exceptions))
+) -> list[Draft]:
+    """A plan for every form of the network; layers that several have in common are planned once."""
+    drafts: list[Draft] = []
+    for model in models:
+        sites = find_sites(model, network.inputs)
+        weights = {site.name: constant(model.graph.initializers[site.name]) for site in sites}
+        planned = {}
+        for site in sites:
+            for draft in drafts:
+                if (layer := draft.same_layer(site, weights[site.name])) is not None:
+                    planned[site.name] = layer
+        drafts.append(Draft(model, make_plan(sites, weights, seen, policy, exceptions=exceptions, planned=planned)))
+    return drafts
 
 
 def _ranges(

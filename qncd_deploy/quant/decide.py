@@ -37,13 +37,15 @@ def make_plan(
     policy: Policy,
     *,
     exceptions: Mapping[str, Choice] = MappingProxyType({}),
+    planned: Mapping[str, LayerPlan] = MappingProxyType({}),
 ) -> QuantPlan:
     """Decide for every site, and give every quantized one its scales.
 
     weights: by site name, of the site's shape. stats: by edge, of every quantized layer's input; where an output is
     there too, its range is recorded; nothing if the policy quantizes weights only. exceptions: layers to leave in float
-    though the policy would not, unless --include says otherwise, or to give other bits. All quantized consumers of an
-    edge share one grid.
+    though the policy would not, unless --include says otherwise, or to give other bits. planned: layers of an earlier
+    plan by the same policy and exceptions, whose weight and input are still those. All quantized consumers of an edge
+    share one grid.
 
     Raises: PlanError if a pattern of the policy matches no weight, an edge was not calibrated, a weight is missing, of
     another shape or not finite, or nothing at all would be quantized.
@@ -52,6 +54,9 @@ def make_plan(
     grids: dict[str, Grid] = {}
     layers = []
     for site in sites:
+        if site.name in planned:
+            layers.append(planned[site.name])
+            continue
         wanted, reason = decide(site, policy)
         weight_bits = policy.weight_bits
         choice = exceptions.get(site.name) if wanted else None

@@ -9,7 +9,9 @@ them where the values are: behind SiLU, which ends at -0.28, that is worth nearl
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,9 @@ from qncd_deploy.quant.grid import Grid, limits
 
 SHRINKS = tuple(1 - 0.01 * i for i in range(80))
 """Candidates of a weight range, as fractions of the largest |w|."""
+
+_LOOK = 6
+"""Candidates between two looks at what the limits alone lose."""
 
 _BLOCK = 1 << 18  # weights searched at a time: the temporaries stay in cache, and memory stays bounded for any layer
 
@@ -41,7 +46,12 @@ def lp_grid(
     rows = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
     per_block = max(1, _BLOCK // rows.shape[1])
     blocks = [np.ascontiguousarray(rows[i : i + per_block], np.float32) for i in range(0, len(rows), per_block)]
-    found = [_search_rows(block, _families(block, bits, narrow, asymmetric), p, shrinks) for block in blocks]
+
+    def search(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return _search_rows(block, _families(block, bits, narrow, asymmetric), p, shrinks)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # NumPy computes outside the interpreter's lock
+        found = list(pool.map(search, blocks))
     shape = () if axis is None else (len(rows),)
     scale, qmin, qmax = (np.concatenate(parts).reshape(shape) for parts in zip(*found, strict=True))
     return Grid(scale, qmin, qmax, axis)
@@ -69,23 +79,36 @@ def _families(rows: np.ndarray, bits: int, narrow: bool, asymmetric: bool) -> It
 def _search_rows(
     rows: np.ndarray, families: Iterator[_Family], p: float, shrinks: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scale, qmin and qmax of every row's best grid."""
+    """Scale, qmin and qmax of every row's best grid; shrinks descend.
+
+    What lies beyond a grid's limits loses its distance to them, whatever happens to the rest, and the more the narrower
+    the grid: where that alone is more than the least error of all rows so far, the narrower grids need no trial.
+    """
     least = np.full(len(rows), np.inf)
     best = np.ones(len(rows), np.float32), np.zeros(len(rows), int), np.zeros(len(rows), int)
     steps, q = np.empty_like(rows), np.empty_like(rows)
+
+    def error_of(scale: np.ndarray) -> np.ndarray:
+        """Sum over each row of |steps - q|**p, in the unit of the rows; q is overwritten."""
+        np.subtract(steps, q, out=q)
+        if p == 2.0:
+            error = np.matmul(q[:, None, :], q[:, :, None]).ravel().astype(np.float64)
+        else:
+            error = np.power(np.abs(q, out=q), np.float32(p), out=q).sum(axis=1, dtype=np.float64)
+        return error * scale.astype(np.float64) ** p
+
     for family in families:
         qmin, qmax = (limit.astype(np.float32)[:, None] for limit in (family.qmin, family.qmax))
-        for shrink in shrinks:
+        for number, shrink in enumerate(shrinks):
             scale = positive_scale(family.span * np.float32(shrink), family.steps)
             np.divide(rows, scale[:, None], out=steps)
+            if number % _LOOK == _LOOK - 1:
+                np.clip(steps, qmin, qmax, out=q)
+                if (error_of(scale) > least).all():
+                    break
             np.rint(steps, out=q)
             np.clip(q, qmin, qmax, out=q)
-            np.subtract(steps, q, out=q)  # the error, in steps of the grid
-            if p == 2.0:
-                error = np.matmul(q[:, None, :], q[:, :, None]).ravel().astype(np.float64)
-            else:
-                error = np.power(np.abs(q, out=q), np.float32(p), out=q).sum(axis=1, dtype=np.float64)
-            error *= scale.astype(np.float64) ** p
+            error = error_of(scale)
             better = error < least
             least[better] = error[better]
             for kept, tried in zip(best, (scale, family.qmin, family.qmax), strict=True):
