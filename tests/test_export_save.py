@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from export_helpers import feeds_for, minmax_plan, run, traced
+from export_helpers import feeds_for, minmax_plan, parsed, run, traced
 
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
-from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.save import save_siblings, spill
 
 
 def siblings() -> tuple[dict[str, ir.Model], dict[str, np.ndarray]]:
@@ -106,3 +107,23 @@ def test_models_in_memory_stay_as_they_are(tmp_path):
     save_siblings(models, tmp_path)
     for name, model in models.items():
         assert ir.to_proto(model).SerializeToString(deterministic=True) == before[name]
+
+
+def test_spilled_tensors_are_mapped_from_their_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    held = {"w": rng.standard_normal((64, 64), np.float32), "small": np.ones(64, np.float32)}
+    text = '<ir_version: 8, opset_import: ["": 18]> g (float[N,64] x) => (float[N,64] y) { s = MatMul (x, w) y = Add (s, small) }'
+    model = parsed(text, held)
+    spill(model, tmp_path / "first.data")
+    assert isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
+    np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), held["w"])
+    assert (tmp_path / "first.data").stat().st_size == held["w"].nbytes  # what is small stays
+    copy = model.clone()
+    copy.graph.initializers["w"].const_value = ir.tensor(2 * held["w"], name="w")
+    spill(copy, tmp_path / "second.data")
+    spill(model, tmp_path / "third.data")
+    assert (tmp_path / "third.data").stat().st_size == 0  # what lies in a file already stays there
+    for each, factor in ((model, 1), (copy, 2)):
+        save_siblings({"net.onnx": each}, tmp_path)
+        found = ir.load(tmp_path / "net.onnx").graph.initializers["w"].const_value.numpy()
+        np.testing.assert_array_equal(found, factor * held["w"])

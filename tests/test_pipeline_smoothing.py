@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,7 +202,7 @@ ROWS = np.random.default_rng(1).normal(size=20)
 )
 def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains, chosen) -> None:
     _, calib, options = network
-    forms = [(SimpleNamespace(index=i), None) for i in range(4)]
+    drafts = [SimpleNamespace(master=partial(SimpleNamespace, index=i), plan=None) for i in range(4)]
     alternatives = Smoothing({"b": decision("b")}, {"q": decision("q")}, ("b", "q")).alternatives()
     monkeypatch.setattr(
         judging, "output_errors", lambda model, forms, *_: [SimpleNamespace(relative=errors[f.index]) for f, _ in forms]
@@ -210,7 +211,7 @@ def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains,
         judging, "latent_snr_db", lambda _, forms, **__: [20 + ROWS * (f.index > 0) + gains[f.index] for f, _ in forms]
     )
     net = SimpleNamespace(model=None, schedule="any", facts=SimpleNamespace(inputs=()))
-    found, figures = judge(net, alternatives, forms, calib, options, tmp_path)
+    found, figures = judge(net, alternatives, drafts, calib, options, tmp_path)
     assert found == chosen and figures.folded == alternatives[chosen].folded
     assert figures.network_error[0] == 1.0
     assert (figures.latent_snr_db is None) == (min(errors[1:]) > 1)

@@ -55,6 +55,18 @@ def save_siblings(models: Mapping[str, ir.Model], folder: Path) -> tuple[Path, .
     return tuple(written)
 
 
+def spill(model: ir.Model, data: Path) -> None:
+    """Move a graph's large tensors from memory to a new file, from which they are mapped when they are read; what lies
+    in a file already stays there. The file must outlive the graph and its clones. Raises OSError if the disk is full.
+    """
+    with open(data, "wb") as stream:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor.nbytes >= INLINE_BYTES and not isinstance(tensor, ir.ExternalTensor):
+                place = _Place(data.name, _append(stream, tensor))
+                value.const_value = _external(tensor, place, value.name, folder=data.parent)
+
+
 def _large_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for value in model.graph.initializers.values():
         if value.const_value.nbytes >= INLINE_BYTES:
@@ -94,8 +106,12 @@ def _with_external(model: ir.Model, contents: Mapping[int, _Content], places: Ma
     for value in copy.graph.initializers.values():
         tensor = value.const_value
         if (content := contents.get(id(tensor))) is not None:
-            place = places[content]
-            value.const_value = ir.ExternalTensor(
-                place.file, place.offset, content[1], tensor.dtype, name=value.name, shape=ir.Shape(tensor.shape)
-            )
+            value.const_value = _external(tensor, places[content], value.name)
     return copy
+
+
+def _external(tensor: ir.TensorProtocol, place: _Place, name: str, *, folder: Path | str = "") -> ir.ExternalTensor:
+    shape = ir.Shape(tensor.shape)
+    return ir.ExternalTensor(
+        place.file, place.offset, tensor.nbytes, tensor.dtype, name=name, shape=shape, base_dir=folder
+    )

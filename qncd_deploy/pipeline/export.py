@@ -23,7 +23,7 @@ from qncd_deploy.engines.base import (
     make_engine_id,
 )
 from qncd_deploy.errors import BundleError, QncdError
-from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.save import save_siblings, spill
 from qncd_deploy.export.trace import trace_text_encoder
 from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.files import atomic_directory, save_npz, sha256_file
@@ -82,8 +82,10 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         with progress.stage("network"):
             network = read_network(options)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+            spill(network.model, Path(scratch) / "weights.data")
             quantized = _quantized(network, options, Path(scratch), progress)
-        _write_network(folder, network, quantized)
+            _write_network(folder, network, quantized)
+            quantized = replace(quantized, graphs={})  # whose weights are where they were written
         manifest = write_manifest(folder, _manifest(network, quantized, options))
         if network.schedule is None:
             write_page(folder, Bundle(folder, manifest), None, command=command)

@@ -56,8 +56,8 @@ class FitOptions:
     """What to fit for; None is the bundle's own choice.
 
     methods: of METHODS, None for all;  shortlist: of these, the ones that auto chooses among, None for all;  size:
-    pictures to fit on, the choice is made on as many others and confirmed on twice as many;  blobs: what `qncd build` compiled, since tables are of the
-    engine that runs them.
+    pictures to fit on, the choice is made on as many others and confirmed on twice as many;  blobs: what `qncd build`
+    compiled, since tables are of the engine that runs them.
     """
 
     backend: str

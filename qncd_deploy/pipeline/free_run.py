@@ -6,7 +6,8 @@ tells: an error that repeats itself is worse than a larger one that does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ FIRST_PICTURE = 3 << 28
 
 def latent_snr_db(
     network: FloatNetwork,
-    quantized: Sequence[tuple[ir.Model, QuantPlan]],
+    quantized: Iterable[tuple[ir.Model, QuantPlan]],
     *,
     pictures: int,
     seed: int,
@@ -39,7 +40,7 @@ def latent_snr_db(
     final latents, (pictures,), same noise and labels for all, with the engine of this machine.
     """
     latents = []
-    for graph, plan in ((network.model, None), *quantized):
+    for graph, plan in chain([(network.model, None)], quantized):
         with running(graph, plan, scratch) as engine:
             latents.append(_latents(network, engine, pictures, seed))
     exact, *others = latents

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,16 @@ class OutputError:
 
 def output_errors(
     model: ir.Model,
-    quantized: Sequence[tuple[ir.Model, QuantPlan]],
+    quantized: Iterable[tuple[ir.Model, QuantPlan]],
     inputs: Sequence[TensorSpec],
     rows: CalibSet,
     scratch: Path,
 ) -> list[OutputError]:
-    """Errors of several quantized forms of `model`, masters made by InsertQDQ from their plans, on the same rows."""
+    """Errors of several quantized forms of `model`, masters made by InsertQDQ from their plans, on the same rows; one
+    after another, so that one at a time needs to be in memory.
+    """
     outputs = []
-    for graph, plan in ((model, None), *quantized):
+    for graph, plan in chain([(model, None)], quantized):
         with running(graph, plan, scratch) as engine:
             parts = [next(iter(engine(feeds).values())) for feeds in in_batches(rows, inputs)]
         outputs.append(np.concatenate(parts)[: len(rows)])

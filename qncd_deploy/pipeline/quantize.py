@@ -16,6 +16,7 @@ from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.shift import ShiftZeroPoints
+from qncd_deploy.export.save import spill
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.bits import Bits, choose_bits
 from qncd_deploy.pipeline.calibrate import counted, probing
@@ -38,7 +39,7 @@ class Quantized:
     """The plan, what became of smoothing, of splitting and of a budget of bits, and the graphs by file name (the float
     twin too).
 
-    steps: what became of --step-bits, None without it.
+    steps: what became of --step-bits, None without it;  graphs: none once they are written.
     """
 
     plan: QuantPlan
@@ -96,12 +97,13 @@ def quantize(
     with progress.stage("sensitivity"):
         bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch)
     models = [splitting.apply(each.fold(network.model)) for each in alternatives]
+    for number, model in enumerate((smoothed, *models)):
+        spill(model, scratch / f"form-{number}.data")
     drafts = _drafts(network, models, seen, policy, bits.exceptions)
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
-            forms = [(draft.master(), draft.plan) for draft in drafts]
-            chosen, smoothing = judge(network, alternatives, forms, calib, options, scratch)
+            chosen, smoothing = judge(network, alternatives, drafts, calib, options, scratch)
     draft = drafts[chosen]
     found = None
     if (preset := _preset(options, policy)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -16,6 +16,7 @@ from qncd_deploy.export.linears import LinearEdge, find_linear_edges
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.smooth import AbsorbSmoothing, FoldSmoothing
 from qncd_deploy.pipeline.calibrate import counted, edge_samples, fetch, probing
+from qncd_deploy.pipeline.draft import Draft
 from qncd_deploy.pipeline.free_run import latent_snr_db
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
@@ -109,7 +110,7 @@ def find_smoothing(
 def judge(
     network: FloatNetwork,
     alternatives: Sequence[Smoothing],
-    forms: Sequence[tuple[ir.Model, QuantPlan]],
+    drafts: Sequence[Draft],
     calib: CalibSet,
     options: ExportOptions,
     scratch: Path,
@@ -120,18 +121,25 @@ def judge(
     error of single calls is no proof, since what is left of it may repeat itself from step to step. Of several that do,
     the one whose pictures are closest (the one of least error, if the network cannot sample).
 
-    forms: the alternatives as masters that InsertQDQ made, with their plans.
+    drafts: the alternatives with their plans.
     """
+
+    def masters(some: Iterable[int]) -> Iterator[tuple[ir.Model, QuantPlan]]:
+        return ((drafts[i].master(), drafts[i].plan) for i in some)
+
+    others = range(1, len(drafts))
     rows = spread_rows(calib, JUDGED_ROWS, odd=True)
-    errors = [e.relative for e in output_errors(network.model, forms, network.facts.inputs, rows, scratch)]
-    best = min(range(1, len(forms)), key=errors.__getitem__)
-    better = [i for i in range(1, len(forms)) if errors[i] <= (1 - MIN_GAIN) * errors[0]]
+    found = output_errors(network.model, masters((0, *others)), network.facts.inputs, rows, scratch)
+    errors = [each.relative for each in found]
+    best = min(others, key=errors.__getitem__)
+    better = [i for i in others if errors[i] <= (1 - MIN_GAIN) * errors[0]]
     latents: dict[int, np.ndarray] = {}
     if better and network.schedule is not None:
-        found = latent_snr_db(
-            network, [forms[i] for i in (0, *better)], pictures=options.fit_size, seed=options.seed, scratch=scratch
+        tried = (0, *better)
+        closeness = latent_snr_db(
+            network, masters(tried), pictures=options.fit_size, seed=options.seed, scratch=scratch
         )
-        latents = dict(zip((0, *better), found, strict=True))
+        latents = dict(zip(tried, closeness, strict=True))
         best = max(better, key=lambda i: latents[i].mean())
         better = [best] if _beyond_chance(latents[best] - latents[0], tried=len(better)) else []
     chosen = best if better else 0
