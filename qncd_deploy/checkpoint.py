@@ -39,6 +39,10 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     scalars: Mapping[str, int | float]
 
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with the prefix, without it."""
+        return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read `.ckpt`, `.pt`, `.pth`, `.bin` (torch, weights only) or `.safetensors`; the tensors are mapped, not copied.

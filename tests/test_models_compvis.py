@@ -267,7 +267,7 @@ def test_wrong_config_is_named(tmp_path: Path, entry: str, value: Any, words: st
             {"first_stage_config": {"target": "ldm.X", "params": {}}},
             r"first_stage_config\.target is X, only AutoencoderKL",
         ),
-        ({"cond_stage_config": {"target": "a.BERTEmbedder"}}, r"BERTEmbedder: text encoders are not supported yet"),
+        ({"cond_stage_config": {"target": "a.BERTEmbedder"}}, r"is BERTEmbedder, only FrozenCLIPEmbedder, FrozenOpenCLIP"),
         ({"cond_stage_config": "__is_unconditional__"}, r"yet .* holds 'cond_stage_model\.embedding\.weight'"),
         ({"conditioning_key": "hybrid"}, r"conditioning_key must be crossattn"),
         ({"unet_config": None}, r"model\.params\.unet_config is missing, expected a section"),
@@ -299,7 +299,7 @@ def test_unsupported_or_contradicting_config_is_named(tmp_path: Path, params: di
         (lambda s: s.pop("cond_stage_model.embedding.weight"), r"misses 'cond_stage_model\.embedding\.weight'"),
         (
             lambda s: s.update({"control_model.zero.bias": torch.ones(1)}),
-            r"another kind \('control_model\.zero\.bias'\)",
+            r"'control_model\.zero\.bias'; a ControlNet",
         ),
         (lambda s: s["model.diffusion_model.out.2.bias"].fill_(torch.nan), r"out\.2\.bias' holds NaN or infinity"),
         (lambda s: s["cond_stage_model.embedding.weight"].fill_(torch.inf), r"embedding\.weight' holds NaN"),

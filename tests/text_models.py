@@ -5,6 +5,8 @@
     sdxl    two text encoders, pooled text and picture sizes beside the tokens, Euler; three levels
     turbo   sdxl with Euler-ancestral and trailing timesteps, made for one to four steps without guidance
 
+With wide=True channels are what the original code fixes: norms of 32 groups, 8 heads (sd15) or heads of 64.
+
 `pipe.save_pretrained(folder)` writes the folder that users have. Latents are 8x8, pictures 64x64.
 """
 
@@ -56,14 +58,25 @@ def tokenizer(*, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer(vocab=tokens, merges=merges, pad_token=pad, model_max_length=TOKENS)
 
 
-def text_config(width: int, layers: int, act: str, *, projection: int = 20) -> CLIPTextConfig:
+WIDE_BLOCKS: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": (32, 64), "attention_head_dim": 8, "cross_attention_dim": 64},
+    "sd21": {"block_out_channels": (64, 128), "cross_attention_dim": 64},
+    "sdxl": {
+        **{"block_out_channels": (64, 128, 128), "cross_attention_dim": 64 + 128, "addition_time_embed_dim": 256},
+        "projection_class_embeddings_input_dim": 6 * 256 + 20,
+    },
+}
+WIDE_AUTOENCODER = {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32}
+
+
+def text_config(width: int, layers: int, act: str, *, heads: int = 2, projection: int = 20) -> CLIPTextConfig:
     tokens, _ = vocabulary()
     return CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         max_position_embeddings=TOKENS,
         hidden_act=act,
         projection_dim=projection,
@@ -73,23 +86,24 @@ def text_config(width: int, layers: int, act: str, *, projection: int = 20) -> C
     )
 
 
-def sd15(**unet: Any) -> StableDiffusionPipeline:
+def sd15(*, wide: bool = False, **unet: Any) -> StableDiffusionPipeline:
     scheduler = PNDMScheduler(
         **BETAS, steps_offset=1, set_alpha_to_one=False, skip_prk_steps=True, timestep_spacing="leading"
     )
-    return _one_encoder(scheduler, tokenizer(), text_config(24, 3, "quick_gelu"), unet)
+    text = text_config(64, 3, "quick_gelu", heads=1) if wide else text_config(24, 3, "quick_gelu")
+    return _one_encoder("sd15", scheduler, tokenizer(), text, unet, wide=wide)
 
 
-def sd21(**unet: Any) -> StableDiffusionPipeline:
+def sd21(*, wide: bool = False, **unet: Any) -> StableDiffusionPipeline:
     scheduler = DDIMScheduler(**SCHEDULER, prediction_type="v_prediction", timestep_spacing="leading")
     unet = {"use_linear_projection": True, "attention_head_dim": (1, 2), **unet}
-    return _one_encoder(scheduler, tokenizer(pad="!"), text_config(24, 2, "gelu"), unet)
+    text = text_config(64, 2, "gelu", heads=1) if wide else text_config(24, 2, "gelu")
+    return _one_encoder("sd21", scheduler, tokenizer(pad="!"), text, unet, wide=wide)
 
 
-def sdxl(**unet: Any) -> StableDiffusionXLPipeline:
-    return _two_encoders(
-        EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", interpolation_type="linear"), unet
-    )
+def sdxl(*, wide: bool = False, **unet: Any) -> StableDiffusionXLPipeline:
+    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", interpolation_type="linear")
+    return _two_encoders(scheduler, unet, wide=wide)
 
 
 def turbo(**unet: Any) -> StableDiffusionXLPipeline:
@@ -100,14 +114,14 @@ TWINS = {"sd15": sd15, "sd21": sd21, "sdxl": sdxl, "turbo": turbo}
 
 
 def _one_encoder(
-    scheduler: Any, words: CLIPTokenizer, config: CLIPTextConfig, unet: dict[str, Any]
+    name: str, scheduler: Any, words: CLIPTokenizer, config: CLIPTextConfig, unet: dict[str, Any], *, wide: bool
 ) -> StableDiffusionPipeline:
     return _ready(
         StableDiffusionPipeline(
-            vae=randomize(AutoencoderKL(**AUTOENCODER, scaling_factor=0.18215), 1),
+            vae=_autoencoder(0.18215, wide=wide),
             text_encoder=randomize(CLIPTextModel(config), 2),
             tokenizer=words,
-            unet=randomize(UNet2DConditionModel(**{**BLOCKS, **unet}), 3),
+            unet=_unet(name, unet, wide=wide),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -116,19 +130,31 @@ def _one_encoder(
     )
 
 
-def _two_encoders(scheduler: Any, unet: dict[str, Any]) -> StableDiffusionXLPipeline:
+def _two_encoders(scheduler: Any, unet: dict[str, Any], *, wide: bool = False) -> StableDiffusionXLPipeline:
+    one = text_config(64, 3, "quick_gelu", heads=1) if wide else text_config(24, 3, "quick_gelu")
+    two = text_config(128, 3, "gelu") if wide else text_config(32, 3, "gelu")
     return _ready(
         StableDiffusionXLPipeline(
-            vae=randomize(AutoencoderKL(**AUTOENCODER, scaling_factor=0.13025), 1),
-            text_encoder=randomize(CLIPTextModel(text_config(24, 3, "quick_gelu")), 2),
-            text_encoder_2=randomize(CLIPTextModelWithProjection(text_config(32, 3, "gelu")), 4),
+            vae=_autoencoder(0.13025, wide=wide),
+            text_encoder=randomize(CLIPTextModel(one), 2),
+            text_encoder_2=randomize(CLIPTextModelWithProjection(two), 4),
             tokenizer=tokenizer(),
             tokenizer_2=tokenizer(pad="!"),
-            unet=randomize(UNet2DConditionModel(**{**BLOCKS, **XL_BLOCKS, **unet}), 3),
+            unet=_unet("sdxl", {**XL_BLOCKS, **unet}, wide=wide),
             scheduler=scheduler,
             add_watermarker=False,
         )
     )
+
+
+def _unet(name: str, blocks: dict[str, Any], *, wide: bool) -> UNet2DConditionModel:
+    wider = {**WIDE_BLOCKS[name], "norm_num_groups": 32} if wide else {}
+    return randomize(UNet2DConditionModel(**{**BLOCKS, **blocks, **wider}), 3)
+
+
+def _autoencoder(scaling_factor: float, *, wide: bool) -> AutoencoderKL:
+    wider = WIDE_AUTOENCODER if wide else {}
+    return randomize(AutoencoderKL(**{**AUTOENCODER, **wider}, scaling_factor=scaling_factor), 1)
 
 
 def _ready(pipe: DiffusionPipeline) -> Any:

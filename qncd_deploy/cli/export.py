@@ -207,8 +207,9 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 def export_command(**given: Any) -> None:
     """Make a bundle: calibrate, smooth, quantize, export, correct and prove.
 
-    CHECKPOINT is a CompVis .ckpt or .safetensors with its YAML, a DDPM checkpoint as the CIFAR-10 scripts of the
-    papers load it, a diffusers folder, or a float .onnx graph.
+    CHECKPOINT is a CompVis .ckpt or .safetensors with its YAML, one of Stable Diffusion (1, 2, XL) with its tokenizer/
+    beside it, a DDPM checkpoint as the CIFAR-10 scripts of the papers load it, a diffusers folder, or a float .onnx
+    graph.
     """
     names = ("int8", "int4", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")
     flags = {key: given.pop(key) for key in names}

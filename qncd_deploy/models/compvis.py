@@ -1,8 +1,9 @@
-"""CompVis latent diffusion: one checkpoint file and its YAML -> SourceModel.
+"""CompVis latent diffusion and Stable Diffusion: one checkpoint file and its YAML -> SourceModel.
 
     model.diffusion_model.*      the UNet; model_ema.* are its averaged weights, names without dots, preferred
     first_stage_model.*          AutoencoderKL or VQModelInterface, of which the decoder is used
     cond_stage_model.embedding   ClassEmbedder: one token per class, the last class being the null class
+    cond_stage_model.transformer, .model, conditioner.*     text encoders of Stable Diffusion, see ldm_text
     betas, alphas_cumprod, scale_factor, ...   buffers; the schedule is made from the config and checked against them
 
 Source: Rombach et al., arXiv:2112.10752, ldm/models/diffusion/ddpm.py.
@@ -27,21 +28,27 @@ from qncd_deploy.models.first_stage import (
     read_first_stage_params,
 )
 from qncd_deploy.models.ldm_config import Section, read_config
+from qncd_deploy.models.ldm_layout import describe
+from qncd_deploy.models.ldm_text import TEXT_STAGES, read_text
 from qncd_deploy.models.ldm_unet import build_unet, read_unet_params, unet_entry, unet_sources
-from qncd_deploy.models.source import Condition, SourceModel
+from qncd_deploy.models.source import CONTROLNET, LORA, Condition, SourceModel
 from qncd_deploy.schedule import Prediction, Schedule, betas_of
 
 _UNET, _EMA, _FIRST_STAGE, _COND = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model."
+_CONDITIONER = "conditioner."
 _EMA_COUNTERS = ("decay", "num_updates")
 _BUFFERS = (
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
     *("lvlb_weights", "logvar", "scale_factor", "cond_ids"),
+    "denoiser.sigmas",  # of SDXL, which takes the same betas
 )
 _PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # theirs: ours
-_TEXT_ENCODERS = ("BERTEmbedder", "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "FrozenCLIPTextEmbedder")
+_OTHER_TEXT_STAGES = ("BERTEmbedder", "FrozenCLIPTextEmbedder", "FrozenT5Embedder", "FrozenCLIPT5Encoder")
+_SDXL_ENGINE = "DiffusionEngine"
+"""What generative-models' YAML of SDXL instantiates: its entries have other names, and the tensors say the same."""
 _UNCONDITIONAL = "__is_unconditional__"
 
 
@@ -49,13 +56,11 @@ def read(checkpoint: Checkpoint, config: Path | None, *, null_class: int | None,
     """Read a CompVis checkpoint; see `load_source` for the arguments and the errors."""
     path = checkpoint.path
     _check_family(checkpoint)
-    config = _config_beside(path) if config is None else config
-    model = read_config(config).section("model")
+    model, files, notes = _model_section(checkpoint, config)
     if model.target() != "LatentDiffusion":
         model.fail("target", f"is {model.target()}, only LatentDiffusion is supported.")
     params = model.section("params")
-    _refuse_text(params)
-    notes: list[str] = []
+    described = str(model.file) if files else "its own layout"
 
     unet_config = params.section("unet_config")
     if unet_config.target() != "UNetModel":
@@ -75,14 +80,21 @@ def read(checkpoint: Checkpoint, config: Path | None, *, null_class: int | None,
         weights,
         where=str(path),
         prefix=prefix,
-        asked_by=str(config),
+        asked_by=described,
         blame=lambda key, dim: f"{unet_section.place}.{unet_entry(key, dim)}",
     )
     if prefix == _EMA:
         notes.append("The averaged (EMA) weights are used.")
 
-    condition = _condition(checkpoint, params, unet_section, null_class)
-    decoder, image_shape = _decoder(checkpoint, params, latent_shape, notes)
+    decoder, image_shape = _decoder(checkpoint, params, latent_shape, described, notes)
+    text, condition = None, None
+    if _is_text(params):
+        if null_class is not None:
+            raise UsageError(f"--null-class {null_class}: {path} takes prompts, not classes. Leave it out.")
+        text, words = read_text(checkpoint, params.section("cond_stage_config"), unet.config, image_shape)
+        files |= words
+    else:
+        condition = _condition(checkpoint, params, unet_section, null_class)
     return SourceModel(
         family="compvis-ldm",
         unet=unet,
@@ -92,48 +104,75 @@ def read(checkpoint: Checkpoint, config: Path | None, *, null_class: int | None,
         scheduler=scheduler or "ddim",
         condition=condition,
         decoder=decoder,
-        files={"checkpoint": path, "config": config},
+        files={"checkpoint": path, **files},
+        text=text,
         notes=tuple(notes),
     )
 
 
+def _model_section(checkpoint: Checkpoint, config: Path | None) -> tuple[Section, dict[str, Path], list[str]]:
+    """(the `model` section, the YAML that it was read from if any, notes): of the YAML that was named or lies beside
+    the file, or, for Stable Diffusion, of the layout of the tensors.
+    """
+    path = config or next((place for place in _places_beside(checkpoint.path) if place.is_file()), None)
+    if path is not None:
+        model = read_config(path).section("model")
+        if model.target() != _SDXL_ENGINE:
+            return model, {"config": path}, []
+    found = describe(checkpoint)
+    if found is None:
+        beside = " and ".join(map(str, _places_beside(checkpoint.path)))
+        attends = any(".attn2." in name for name in checkpoint.tensors)
+        if attends and not checkpoint.below(_COND):
+            raise CheckpointError(
+                f"{checkpoint.path}: holds no text encoder (no '{_COND}*' and no '{_CONDITIONER}*'), and its UNet "
+                "attends to one. Give the file of the whole model."
+            )
+        raise CheckpointError(f"{checkpoint.path}: no config, looked for {beside}. Give it with --config FILE.")
+    section, notes = found
+    return section, {}, list(notes)
+
+
+def _places_beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name("config.yaml"), path.with_suffix(".yaml")
+
+
 def _check_family(checkpoint: Checkpoint) -> None:
     """Every tensor must belong to a part that is known: foreign weights would otherwise be dropped without a word."""
-    known = (_UNET, _EMA, _FIRST_STAGE, _COND)
+    known = (_UNET, _EMA, _FIRST_STAGE, _COND, _CONDITIONER)
+    names = list(checkpoint.tensors)
+    for name in names:
+        if "lora" in name:
+            raise CheckpointError(f"{checkpoint.path}: holds '{name}'; {LORA}")
+        if name.startswith(("control_model.", "controlnet_")):
+            raise CheckpointError(f"{checkpoint.path}: holds '{name}'; {CONTROLNET}")
     foreign = [key for key in checkpoint.tensors if not key.startswith(known) and key not in _BUFFERS]
     has_unet = any(key.startswith((_UNET, _EMA)) for key in checkpoint.tensors)
     if not has_unet or foreign:
-        names = ", ".join(f"'{key}'" for key in (foreign or list(checkpoint.tensors))[:3])
-        found = f"tensors of another kind ({names})" if foreign else f"no '{_UNET}*', but {names}"
+        first = ", ".join(f"'{key}'" for key in (foreign or names)[:3])
+        found = f"tensors of another kind ({first})" if foreign else f"no '{_UNET}*', but {first}"
         raise CheckpointError(
             f"{checkpoint.path}: holds {found}; not a CompVis latent-diffusion checkpoint. "
-            "Give the model itself (a LoRA or a ControlNet is not one), or the folder of a diffusers model."
+            "Give the model itself, or the folder of a diffusers model."
         )
 
 
-def _refuse_text(params: Section) -> None:
+def _is_text(params: Section) -> bool:
+    """Whether prompts are the condition. Raises CheckpointError for an encoder that is not supported."""
     stage = params.entries.get("cond_stage_config")
-    if isinstance(stage, Mapping) and str(stage.get("target")).rpartition(".")[2] in _TEXT_ENCODERS:
-        params.fail("cond_stage_config.target", f"is {stage['target']}: text encoders are not supported yet.")
-
-
-def _config_beside(path: Path) -> Path:
-    places = (path.with_name("config.yaml"), path.with_suffix(".yaml"))
-    for place in places:
-        if place.is_file():
-            return place
-    raise CheckpointError(f"{path}: no config, looked for {places[0]} and {places[1]}. Give it with --config FILE.")
-
-
-def _below(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
+    if not isinstance(stage, Mapping):
+        return False
+    kind = str(stage.get("target")).rpartition(".")[2]
+    if kind in _OTHER_TEXT_STAGES:
+        params.fail("cond_stage_config.target", f"is {kind}, only {', '.join(TEXT_STAGES)} read prompts here.")
+    return kind in TEXT_STAGES
 
 
 def _unet_tensors(checkpoint: Checkpoint, wanted: list[str], *, ema: bool) -> tuple[Mapping[str, Tensor], str]:
     """The UNet's tensors by their dotted names, and the prefix they had; the averaged ones if there are any."""
-    averaged = {key: value for key, value in _below(checkpoint, _EMA).items() if key not in _EMA_COUNTERS}
+    averaged = {key: value for key, value in checkpoint.below(_EMA).items() if key not in _EMA_COUNTERS}
     if not ema or not averaged:
-        return _below(checkpoint, _UNET), _UNET
+        return checkpoint.below(_UNET), _UNET
     # LitEma registers buffers, whose names may hold no dots: "diffusion_model.out.0.bias" -> "diffusion_modelout0bias".
     dotted = {("diffusion_model." + key).replace(".", ""): key for key in wanted}
     return {dotted.get(key, key): value for key, value in averaged.items()}, _EMA
@@ -141,7 +180,7 @@ def _unet_tensors(checkpoint: Checkpoint, wanted: list[str], *, ema: bool) -> tu
 
 def _condition(checkpoint: Checkpoint, params: Section, unet: Section, null_class: int | None) -> Condition | None:
     stage = params.entries.get("cond_stage_config")
-    tensors = _below(checkpoint, _COND)
+    tensors = checkpoint.below(_COND)
     where, num_classes = str(checkpoint.path), unet.get("num_classes", 0)
     if stage in (None, _UNCONDITIONAL) or num_classes:
         if tensors:
@@ -176,7 +215,7 @@ def _condition(checkpoint: Checkpoint, params: Section, unet: Section, null_clas
 
 
 def _decoder(
-    checkpoint: Checkpoint, params: Section, latent_shape: tuple[int, int, int], notes: list[str]
+    checkpoint: Checkpoint, params: Section, latent_shape: tuple[int, int, int], described: str, notes: list[str]
 ) -> tuple[LatentDecoder | None, tuple[int, int, int]]:
     stage = params.section("first_stage_config")
     kind = stage.target()
@@ -190,14 +229,14 @@ def _decoder(
     if net.embed_dim != channels:
         section.fail("embed_dim", f"is {net.embed_dim}, the UNet's latents have {channels} channels.")
     decoder = build_decoder(net, _scale_factor(checkpoint, params, notes))
-    tensors = _below(checkpoint, _FIRST_STAGE)
+    tensors = checkpoint.below(_FIRST_STAGE)
     load_weights(
         decoder,
         decoder_sources(decoder),
         {key: value for key, value in tensors.items() if not key.startswith(UNUSED_PREFIXES)},
         where=str(checkpoint.path),
         prefix=_FIRST_STAGE,
-        asked_by=str(params.file),
+        asked_by=described,
         blame=lambda key, dim: f"{section.place}.{decoder_entry(key, dim)}",
     )
     return decoder, (net.out_channels, size * net.factor, size * net.factor)

@@ -25,7 +25,7 @@ from qncd_deploy.errors import CheckpointError, UsageError, first_line
 from qncd_deploy.models.conditional_unet import ConditionalUNet
 from qncd_deploy.models.first_stage import Codebook, LatentDecoder
 from qncd_deploy.models.folder_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Folder, all_tensors
-from qncd_deploy.models.source import Condition, SourceModel, Text, size_ids
+from qncd_deploy.models.source import CONTROLNET, LORA, REFINER, TAKES_PICTURES, Condition, SourceModel, Text, size_ids
 from qncd_deploy.models.text import (
     TOKENIZER_FILES,
     TextEncoder,
@@ -40,12 +40,6 @@ from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
 _UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": ConditionalUNet}
-_CONDITIONED_ON_PICTURES = {
-    9: "an inpainting network, which is given a mask and a masked picture too",
-    8: "InstructPix2Pix, which is given a picture too",
-    7: "an upscaler, which is given a small picture too",
-    5: "a depth-to-image network, which is given a depth map too",
-}
 
 
 def read(folder: Path, *, null_class: int | None, scheduler: str | None) -> SourceModel:
@@ -84,15 +78,15 @@ def _refuse_pipeline(folder: Folder, index: Mapping[str, Any]) -> None:
         if index.get(part, [None])[0]:
             raise CheckpointError(f"{folder.path}: {name} has '{part}', which is not supported.")
     if index.get("requires_aesthetics_score"):
-        raise CheckpointError(f"{folder.path}: the refiner of SDXL starts from a picture. Give the base model.")
+        raise CheckpointError(f"{folder.path}: {REFINER}")
     if not folder.has("unet") and (lora := next(folder.path.glob("*lora_weights.*"), None)) is not None:
-        raise CheckpointError(f"{lora}: a LoRA is a change to a model. Fuse it into its base and give that folder.")
+        raise CheckpointError(f"{lora}: {LORA}")
 
 
 def _unet(folder: Folder, home: Path) -> Any:
     config = folder.config("unet")
     if str(config.get("_class_name")).startswith("ControlNet"):
-        raise CheckpointError(f"{home}: a ControlNet steers a model and is none. Give the folder of the model itself.")
+        raise CheckpointError(f"{home}: {CONTROLNET}")
     unet = _build(home, config, _UNETS)
     _refuse_inputs(home, unet.config)
     _fill(unet, folder, "unet")
@@ -129,7 +123,7 @@ def _modern(name: str) -> str:
 def _refuse_inputs(home: Path, config: Any) -> None:
     """What the network must be fed besides sample, timestep, class labels and text, or does to them that we do not."""
     if config.out_channels != config.in_channels:
-        kind = _CONDITIONED_ON_PICTURES.get(config.in_channels) if _attends(config) else None
+        kind = TAKES_PICTURES.get(config.in_channels) if _attends(config) else None
         problem = f"in_channels {config.in_channels}, out_channels {config.out_channels}: "
         problem += "not supported" if kind is None else f"{kind}; not supported"
     elif config.time_embedding_type != "positional":

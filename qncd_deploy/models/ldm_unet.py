@@ -19,21 +19,26 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from qncd_deploy.checkpoint import Source
+from qncd_deploy.models.conditional_unet import ConditionalUNet
 from qncd_deploy.models.ldm_config import Section
+from qncd_deploy.models.source import TAKES_PICTURES
 
 _GROUPS = 32  # GroupNorm32, everywhere
+_SEQUENTIAL = "sequential"  # what generative-models calls pooled text and sizes, in the place of classes
+_SIZE_WIDTH = 256  # channels that each size is embedded in
 _KNOWN: dict[str, object] = {
     **dict.fromkeys(
         ["in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions", "channel_mult"]
     ),
     **dict.fromkeys(["num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order"]),
     **dict.fromkeys(["use_spatial_transformer", "transformer_depth", "context_dim", "use_linear_in_transformer"]),
-    **dict.fromkeys(["use_scale_shift_norm", "resblock_updown", "num_classes"]),
+    **dict.fromkeys(["use_scale_shift_norm", "resblock_updown", "num_classes", "adm_in_channels"]),
+    **dict.fromkeys(["spatial_transformer_attn_type"]),
     # How it was trained or run, not what it computes; "legacy" picks between two spellings of the same head count.
     **dict.fromkeys(["image_size", "dropout", "use_checkpoint", "use_fp16", "use_bf16", "legacy"]),
     "conv_resample": True,
@@ -53,6 +58,8 @@ _OUTER = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "class_embedding": "label_emb",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -77,9 +84,10 @@ class UNetParams:
     new_attention_order: bool
     spatial_transformer: bool
     linear_projection: bool
-    transformer_depth: int
+    transformer_depth: tuple[int, ...]
     context_dim: int | None
     num_classes: int | None
+    text_and_sizes: int | None
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -93,6 +101,7 @@ def read_unet_params(section: Section) -> UNetParams:
     attention_resolutions = section.need_ints("attention_resolutions")
     channels = [section.need("model_channels", int) * mult for mult in channel_mult]
     transformer = section.get("use_spatial_transformer", False)
+    classes = section.entries.get("num_classes")
     params = UNetParams(
         in_channels=section.need("in_channels", int),
         out_channels=section.need("out_channels", int),
@@ -106,12 +115,15 @@ def read_unet_params(section: Section) -> UNetParams:
         new_attention_order=section.get("use_new_attention_order", False),
         spatial_transformer=transformer,
         linear_projection=section.get("use_linear_in_transformer", False),
-        transformer_depth=section.get("transformer_depth", 1),
+        transformer_depth=_depths(section, len(channel_mult)),
         context_dim=section.need("context_dim", int) if transformer else None,
-        num_classes=section.need("num_classes", int) if section.entries.get("num_classes") is not None else None,
+        num_classes=section.need("num_classes", int) if classes not in (None, _SEQUENTIAL) else None,
+        text_and_sizes=section.need("adm_in_channels", int) if classes == _SEQUENTIAL else None,
     )
     if params.out_channels != params.in_channels:
-        section.fail("out_channels", f"is {params.out_channels}, in_channels {params.in_channels}: not supported.")
+        kind = TAKES_PICTURES.get(params.in_channels) if transformer else None
+        found = f"is {params.out_channels}, in_channels {params.in_channels}"
+        section.fail("out_channels", f"{found}: {'' if kind is None else f'{kind}; '}not supported.")
     if any(channel % _GROUPS for channel in channels) or not channels:
         section.fail("model_channels", f"times channel_mult gives {channels}, expected multiples of {_GROUPS}.")
     if transformer and params.resblock_updown:
@@ -121,7 +133,7 @@ def read_unet_params(section: Section) -> UNetParams:
     return params
 
 
-def build_unet(params: UNetParams, sample_size: int) -> UNet2DModel | UNet2DConditionModel:
+def build_unet(params: UNetParams, sample_size: int) -> UNet2DModel | ConditionalUNet:
     """The diffusers module, on the meta device: parameters have shapes and no memory yet."""
     levels = range(len(params.channels))
     common = {
@@ -136,7 +148,7 @@ def build_unet(params: UNetParams, sample_size: int) -> UNet2DModel | UNet2DCond
     }
     with torch.device("meta"):
         if params.spatial_transformer:
-            return UNet2DConditionModel(
+            return ConditionalUNet(
                 **common,
                 down_block_types=[_block("CrossAttn", "Down", params.attention[i]) for i in levels],
                 up_block_types=[_block("CrossAttn", "Up", params.attention[i]) for i in reversed(levels)],
@@ -144,6 +156,7 @@ def build_unet(params: UNetParams, sample_size: int) -> UNet2DModel | UNet2DCond
                 transformer_layers_per_block=params.transformer_depth,
                 use_linear_projection=params.linear_projection,
                 attention_head_dim=params.heads,  # diffusers means the number of heads, by a name it cannot change
+                **_addition(params),
             )
         plain = "Resnet{}sampleBlock2D" if params.resblock_updown else "{}Block2D"
         resample = "resnet" if params.resblock_updown else "conv"
@@ -165,7 +178,7 @@ def build_unet(params: UNetParams, sample_size: int) -> UNet2DModel | UNet2DCond
     return unet
 
 
-def unet_sources(unet: UNet2DModel | UNet2DConditionModel, params: UNetParams) -> dict[str, Source]:
+def unet_sources(unet: UNet2DModel | ConditionalUNet, params: UNetParams) -> dict[str, Source]:
     """Where each parameter of the module comes from, by CompVis names below `model.diffusion_model.`."""
     return {name: _source(name, tuple(value.shape), params) for name, value in unet.state_dict().items()}
 
@@ -189,6 +202,27 @@ def unet_entry(key: str, dim: int | None) -> str:
         if at == dim and re.match(pattern, key):
             return entry
     return "model_channels and channel_mult" if dim is not None else "channel_mult and num_res_blocks"
+
+
+def _depths(section: Section, levels: int) -> tuple[int, ...]:
+    """Transformer blocks per level, one number for all or a list."""
+    if isinstance(section.entries.get("transformer_depth"), (list, tuple)):
+        depths = section.need_ints("transformer_depth")
+        if len(depths) != levels:
+            section.fail("transformer_depth", f"has {len(depths)} entries, channel_mult {levels}.")
+        return depths
+    return (section.get("transformer_depth", 1),) * levels
+
+
+def _addition(params: UNetParams) -> dict[str, object]:
+    """SDXL: pooled text and the embedded sizes of the picture join the time embedding."""
+    if params.text_and_sizes is None:
+        return {}
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": _SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": params.text_and_sizes,
+    }
 
 
 def _heads(section: Section, channels: list[int]) -> tuple[int, ...]:

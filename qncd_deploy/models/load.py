@@ -34,10 +34,10 @@ def load_source(
     height: int | None = None,
     width: int | None = None,
 ) -> SourceModel:
-    """Read a CompVis checkpoint with its YAML, a DDPM checkpoint in pixels, or a diffusers folder.
+    """Read a CompVis or Stable Diffusion checkpoint, a DDPM checkpoint in pixels, or a diffusers folder.
 
-    Args:   config: the YAML of a checkpoint; by default `config.yaml` beside it, else `<stem>.yaml`. DDPM can do
-                without, and also finds `<stem>.yml`.
+    Args:   config: the YAML of a checkpoint; by default `config.yaml` beside it, else `<stem>.yaml`. Stable Diffusion
+                and DDPM can do without; DDPM also finds `<stem>.yml`.
             null_class: the class of classifier-free guidance, where the config does not say or says otherwise.
             scheduler: the sampler to use, by our name; by default the folder's own, else "ddim".
             height, width: of the pictures; by default those that the model was trained for.

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 SIZES = 6
 """Numbers that SDXL is told of a picture's sizes."""
 
+TAKES_PICTURES = {
+    9: "an inpainting network, which is given a mask and a masked picture too",
+    8: "InstructPix2Pix, which is given a picture too",
+    7: "an upscaler, which is given a small picture too",
+    5: "a depth-to-image network, which is given a depth map too",
+}
+"""Networks of 4 latent channels that attend to text and take more, by their input channels."""
+
+LORA = "a LoRA is a change to a model. Fuse it into its base model and give that."
+CONTROLNET = "a ControlNet steers a model and is none. Give the model itself."
+REFINER = "the refiner of SDXL starts from a picture. Give the base model."
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:

@@ -121,14 +121,18 @@ def canonical(name: str) -> str:
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
-def read_tokenizer(home: Path, config: CLIPTextConfig, *, pad_id: int | None = None) -> tuple[Tokenizer, int]:
+def has_tokenizer(home: Path) -> bool:
+    return any((home / name).is_file() for name in TOKENIZER_FILES[:2])
+
+
+def read_tokenizer(home: Path, config: CLIPTextConfig, *, pad: str | None = None) -> tuple[Tokenizer, int]:
     """(tokenizer that cuts and pads to the encoder's window, its length) from tokenizer.json, or vocab.json and
     merges.txt.
 
-    pad_id: what to pad with; by default the token that the folder says, else the end of text.
+    pad: the token to pad with; by default the one that the folder says, else the end of text.
     Raises: CheckpointError if the files are missing or damaged, or have tokens that the encoder does not know.
     """
-    if not any((home / name).is_file() for name in TOKENIZER_FILES[:2]):
+    if not has_tokenizer(home):
         raise CheckpointError(f"{home}: no tokenizer.json, and no vocab.json with merges.txt. Download or copy them.")
     try:
         words = CLIPTokenizerFast.from_pretrained(home, local_files_only=True)
@@ -143,7 +147,9 @@ def read_tokenizer(home: Path, config: CLIPTextConfig, *, pad_id: int | None = N
             f"{home}: a tokenizer of {count} tokens, the text encoder has {config.vocab_size}. Use the model's own."
         )
     length = min(int(words.model_max_length), config.max_position_embeddings)
-    pad_id = words.pad_token_id if pad_id is None else pad_id
+    pad_id = words.pad_token_id if pad is None else tokenizer.token_to_id(pad)
+    if pad_id is None:
+        raise CheckpointError(f"{home}: the tokenizer has no {pad!r}, which the model pads with. Use the model's own.")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id))
     return tokenizer, length
