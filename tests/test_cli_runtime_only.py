@@ -75,9 +75,28 @@ def test_a_bundle_samples_without_what_made_it(venv: Path, bundle: Path, tmp_pat
     assert "pip install" in refused.stderr and "Traceback" not in refused.stderr
 
 
+def test_prompts_are_drawn_there(venv: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("tokenizers")
+    from text_bundle import write_text_bundle
+
+    words = write_text_bundle(tmp_path / "words-w8a8", encoders=2)
+    for number, backend in enumerate(("openvino", "onnxruntime")):
+        done = run(
+            venv, "qncd", "sample", words, "--prompt", "a red dog", "--prompt", "mars", "--negative-prompt", "cat",
+            "--vae-tiling", "--backend", backend, "-o", f"{number}.npz", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
+        assert first["prompts"].tolist() == second["prompts"].tolist() == ["a red dog", "mars"]
+        # Float networks on both engines: sums in another order, four guided calls.
+        size = np.abs(first["latents"]).max()
+        np.testing.assert_allclose(first["latents"], second["latents"], rtol=0, atol=1e-4 * size)
+
+
 RUNTIME_TESTS = (
-    "bundle", "correct_record", "correct_rules", "engines_eps_model", "engines_trt_cuda", "engines_trt_library",
-    "engines_trt_store", "files", "pictures", "sample", "sampler", "schedule", "steps", "study",
+    "bundle", "correct_record", "correct_rules", "engines_decoder", "engines_eps_model", "engines_trt_cuda",
+    "engines_trt_library", "engines_trt_store", "files", "pictures", "sample", "sampler", "schedule", "steps", "study",
 )  # fmt: skip
 """Those of the modules that a board runs; what in them needs an absent library skips itself."""
 

@@ -167,11 +167,7 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
 
 def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) -> None:
     save_siblings(quantized.graphs, folder)
-    decoders = {DECODERS[role]: graph for role, graph in _decoders(network).items()}
-    for name, graph in decoders.items():
-        verify(graph, FLOAT, name=name)
-    if decoders:
-        save_siblings(decoders, folder)
+    _write_decoders(folder, network)
     if (values := _class_tokens(network)) is not None:
         np.save(folder / "class-embedding.npy", values, allow_pickle=False)
     if network.facts.text is not None:
@@ -181,6 +177,14 @@ def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) ->
     (folder / "plan.json").write_text(quantized.plan.dumps(), encoding="utf-8")
     if quantized.steps is not None:
         quantized.steps.write(folder)
+
+
+def _write_decoders(folder: Path, network: FloatNetwork) -> None:
+    graphs = {DECODERS[role]: graph for role, graph in _decoders(network).items()}
+    for name, graph in graphs.items():
+        verify(graph, FLOAT, name=name)
+    if graphs:
+        save_siblings(graphs, folder)
 
 
 def _write_text(folder: Path, network: FloatNetwork, text: TextFacts) -> None:
