@@ -255,7 +255,7 @@ class Bundle:
         key = self.key(sampling, make_engine_id(backend, remainder))
         if act_bits is not None:
             key = replace(key, plan_sha=self._sha256(f"plan{self._suffix(act_bits)}"))
-        table = identity_table(key) if float_twin else self._correction(correction, key, tables)
+        table = identity_table(key) if float_twin else self.correction_table(correction, key, tables)
         role = "float" if float_twin else find_backend(backend).role(remainder)
         roles = self.network_roles(role) if act_bits is None else (role + self._suffix(act_bits),)
         with ExitStack() as opened:
@@ -266,7 +266,7 @@ class Bundle:
             if part is not None:
                 decoder = open_engine(backend, self.file(part), remainder="f32", threads=threads)
                 engines[part] = opened.enter_context(decoder)
-            self._load_blobs(engines, blobs)
+            self.load_blobs(engines, blobs)
             network = Network(
                 place=self.path,
                 source=self.network_id(roles),
@@ -351,7 +351,7 @@ class Bundle:
         opened = partial(open_engine, backend, remainder="f32", threads=threads)
         return Text(self.prompts, prompt_encoder(files, facts, opened))
 
-    def _load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
+    def load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
         """Give compiled networks to the engines (by their graphs' roles) of whose graphs they were made.
 
         A folder may hold some for other machines and versions. Raises EngineError for an engine that can use none of
@@ -372,7 +372,7 @@ class Bundle:
         for source in refused.keys() - loaded:
             raise refused[source]
 
-    def _correction(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
+    def correction_table(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
         """The table to use, from the first file that has it, the bundle's own last. Raises ScheduleError if a method
         that was named is nowhere.
         """

@@ -94,7 +94,7 @@ class Sampler:
         self.initial_scale = initial_scale(network.schedule, config)
         self.batch_size = batch_size or default_batch(network.facts.latent_shape)
         self._arrays = network.unet.arrays
-        self._fixes = None if table.method == "off" else tuple(_brought(fix, self._arrays) for fix in table.fixes)
+        self._fixes = None if table.method == "off" else tuple(brought(fix, self._arrays) for fix in table.fixes)
         self._resources = resources or ExitStack()
 
     def prompted(self, prompts: Sequence[str] | None = None, negative_prompt: str | None = None) -> Sampler:
@@ -329,7 +329,7 @@ class _Brought:
         return self.arrays.put(self.noise.probe())
 
 
-def _brought(fix: StepFix, arrays: Arrays) -> StepFix:
+def brought(fix: StepFix, arrays: Arrays) -> StepFix:
     """The row with its arrays where the loop runs."""
     held = {field.name: getattr(fix, field.name) for field in fields(fix)}
     return replace(fix, **{name: arrays.put(value) for name, value in held.items() if isinstance(value, np.ndarray)})

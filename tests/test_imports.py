@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 ORDER = (
     "errors", "specs", "files", "bundle", "prompts", "subjects", "schedule", "timesteps", "steps", "stepping",
     "correct", "sample", "study", "checkpoint", "models", "calib", "quant", "export", "engines", "reconstruct",
-    "pictures", "sampler", "runtime", "evaluate", "pipeline", "cli",
+    "pictures", "sampler", "runtime", "drop_in", "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
@@ -33,8 +33,9 @@ ISLANDS = {
         "engines/torch_",
         "reconstruct",
         "evaluate/perceptual.py",
+        "drop_in",
     ),
-    "diffusers": ("models",),
+    "diffusers": ("models", "drop_in"),
     "safetensors": ("checkpoint",),
     "yaml": ("models", "pipeline/network.py"),
     "onnx": ("export", "engines/torch_"),

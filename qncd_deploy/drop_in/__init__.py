@@ -1,0 +1,1 @@
+"""Bundles inside diffusers' own pipelines: the network in place of `pipe.unet`, the corrections in `pipe.scheduler`."""
