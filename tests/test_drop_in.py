@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers
 onnx = pytest.importorskip("onnx", reason="the tests' networks are written with onnx")
 pytest.importorskip("onnxruntime", reason="they run on ONNX Runtime")
 
+import text_bundle  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKL,
     DDIMPipeline,
@@ -34,6 +37,7 @@ from qncd_deploy import Bundle, QncdScheduler, QncdUNet  # noqa: E402
 from qncd_deploy.bundle import Manifest, ModelFacts, write_manifest  # noqa: E402
 from qncd_deploy.correct.record import CorrectionTable, StepFix, save_tables  # noqa: E402
 from qncd_deploy.drop_in import scheduler as drop_in_scheduler  # noqa: E402
+from qncd_deploy.engines.base import default_backend, make_engine_id  # noqa: E402
 from qncd_deploy.errors import EngineError, ScheduleError, UsageError  # noqa: E402
 from qncd_deploy.runtime import AS_EXPORTED, Sampling  # noqa: E402
 from qncd_deploy.sample import PictureNoise  # noqa: E402
@@ -71,9 +75,11 @@ def arrays(call: int) -> dict[str, Any]:
     }
 
 
-def fitted(bundle: Bundle, kind: str, folder: Path, sampling: Sampling = AS_EXPORTED) -> Path:
+def fitted(
+    bundle: Bundle, kind: str, folder: Path, sampling: Sampling = AS_EXPORTED, engine_id: str = f"{BACKEND}-f32"
+) -> Path:
     """A correction table made up for this way to sample, as `qncd fit` writes it."""
-    key = bundle.key(sampling, f"{BACKEND}-f32")
+    key = bundle.key(sampling, engine_id)
     fixes = tuple(StepFix(**arrays(call)[kind]) for call in range(len(key.timesteps)))
     path = folder / "corrections.npz"
     save_tables(path, [CorrectionTable(kind, key, fixes)], auto={key.id: kind})
@@ -181,6 +187,29 @@ def test_two_encoders_pooled_text_and_sizes(tmp_path: Path) -> None:
         output_type="latent",
     ).images.numpy()
     np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+def test_the_example_of_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its very lines, on a pipeline with few channels, and a bundle that holds a correction for it."""
+    pytest.importorskip("transformers", reason="the pipeline's text encoder is transformers'")
+    import text_models
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from diffusers import .*?)```", readme, re.DOTALL)
+    pipe = text_models.sd15()
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("stable-diffusion-v1-5")
+    monkeypatch.setattr(text_bundle, "WIDTHS", (pipe.text_encoder.config.hidden_size, 10))
+    home = write_text_bundle(tmp_path / "export/stable-diffusion-v1-5-w8a8")
+    bundle = Bundle.open(home)
+    engine_id = make_engine_id(default_backend())
+    fitted(bundle, "affine", home, Sampling(scheduler="plms", n_steps=20), engine_id=engine_id)
+    manifest = bundle.manifest
+    write_manifest(home, replace(manifest, roles={**manifest.roles, "corrections": "corrections.npz"}))
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["picture"].size == (64, 64)
+    assert names["pipe"].scheduler.table.method == "affine"
 
 
 UNCONDITIONAL = """<ir_version: 9, opset_import: ["" : 18]>

@@ -267,7 +267,10 @@ def test_wrong_config_is_named(tmp_path: Path, entry: str, value: Any, words: st
             {"first_stage_config": {"target": "ldm.X", "params": {}}},
             r"first_stage_config\.target is X, only AutoencoderKL",
         ),
-        ({"cond_stage_config": {"target": "a.BERTEmbedder"}}, r"is BERTEmbedder, only FrozenCLIPEmbedder, FrozenOpenCLIP"),
+        (
+            {"cond_stage_config": {"target": "a.BERTEmbedder"}},
+            r"is BERTEmbedder, only FrozenCLIPEmbedder, FrozenOpenCLIP",
+        ),
         ({"cond_stage_config": "__is_unconditional__"}, r"yet .* holds 'cond_stage_model\.embedding\.weight'"),
         ({"conditioning_key": "hybrid"}, r"conditioning_key must be crossattn"),
         ({"unet_config": None}, r"model\.params\.unet_config is missing, expected a section"),

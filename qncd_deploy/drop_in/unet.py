@@ -139,11 +139,20 @@ def _config(facts: ModelFacts) -> FrozenDict:
     return FrozenDict(
         in_channels=channels,
         out_channels=channels,
-        sample_size=height if height == width else (height, width),
+        sample_size=_Side(height) if height == width else (height, width),
         cross_attention_dim=told["encoder_hidden_states"][-1] if "encoder_hidden_states" in told else None,
         addition_time_embed_dim=_TIME_ID_WIDTH if "time_ids" in told else None,
         time_cond_proj_dim=None,
     )
+
+
+class _Side(int):
+    """The side of a square, which is also its pair of sides: StableDiffusionPipeline reads a number where it was loaded
+    with a UNet of a square, and a pair where it was loaded without one.
+    """
+
+    def __getitem__(self, _axis: int) -> int:
+        return int(self)
 
 
 def _by(shape: Sequence[int]) -> str:
