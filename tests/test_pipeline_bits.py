@@ -153,3 +153,19 @@ def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_sa
     assert not found["measured"] and found["packed_bytes"] <= 500_000 and found["layers"]["W8"] > 0
     assert "too large for a backward pass" in bits_line(found)
     assert "--max-size 500000 is spent by weight error times arithmetic" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "preset", "pictures"),
+    [
+        ({}, None, 32),
+        ({"recon": "fast"}, "fast", 64),
+        ({"format": "w4a8"}, "fast", 64),
+        ({"format": "w4a8", "recon": "off"}, None, 32),
+        ({"format": "w4a6", "recon": "paper", "calib_size": 100}, "paper", 100),
+        ({"format": "w4a16"}, None, 32),
+    ],
+)
+def test_learning_the_rounding_takes_more_pictures(changes: dict, preset: str | None, pictures: int) -> None:
+    options = ExportOptions(Path("model.ckpt"), **changes)
+    assert (options.preset and options.preset.name, options.calib_pictures) == (preset, pictures)

@@ -22,6 +22,8 @@ from qncd_deploy.pipeline.options import (
     CALIB_METHODS,
     CORRECTIONS,
     FORMATS,
+    LEARNING_PICTURES,
+    RANGES_PICTURES,
     RECONSTRUCTION,
     SMOOTHING,
     SPLITTING,
@@ -98,8 +100,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 @click.option(
     "--calib-size",
     type=int,
-    default=DEFAULTS.calib_size,
-    help="Pictures whose trajectories calibrate.",
+    help=f"Pictures whose trajectories calibrate.  [default: {RANGES_PICTURES}, {LEARNING_PICTURES} where rounding is "
+    "learned]",
 )
 @click.option("--calib-steps", type=int, default=DEFAULTS.calib_steps, help="Network calls recorded of each picture.")
 @click.option(

@@ -56,18 +56,18 @@ def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, 
 def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
     if network.schedule is None:
         raise CalibrationError("calibration: the graph has no schedule to sample with. Give --calib-data FILE.npz.")
-    given, null = condition_rows(network, range(options.calib_size))
+    given, null = condition_rows(network, range(options.calib_pictures))
     return Recipe(
         model_sha256=digest_of(network.files),
         schedule=network.schedule,
         sampler=network.sampler,
         latent_shape=network.facts.latent_shape,
-        size=options.calib_size,
+        size=options.calib_pictures,
         calls=options.calib_steps,
         condition=None if given is None else ConditionRows(given, null),
         guidance_scale=network.facts.guidance_scale,
         seed=options.seed,
-        batch_size=min(options.calib_size, rows_per_run(network.facts.latent_shape, most=PICTURES)),
+        batch_size=min(options.calib_pictures, rows_per_run(network.facts.latent_shape, most=PICTURES)),
     )
 
 

@@ -31,7 +31,6 @@ from qncd_deploy.quant.decide import check_patterns, decide, make_plan
 from qncd_deploy.quant.plan import Choice, QuantPlan
 from qncd_deploy.quant.policy import BLOCK_SIZE, Policy
 from qncd_deploy.reconstruct.network import Reconstruction, reconstruct
-from qncd_deploy.reconstruct.preset import PRESETS, Preset
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ def quantize(
             chosen, smoothing = judge(network, alternatives, drafts, calib, options, scratch)
     draft = drafts[chosen]
     found = None
-    if (preset := _preset(options, policy)) is not None:
+    if (preset := options.preset) is not None:
         with progress.stage("rounding") as tick:
             found = reconstruct(
                 draft.model,
@@ -130,11 +129,6 @@ def quantize(
         for suffix, narrow in steps.drafts.items() if steps else ():
             graphs |= _siblings(narrow.master(), narrow.plan, suffix)
         return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found)
-
-
-def _preset(options: ExportOptions, policy: Policy) -> Preset | None:
-    name = ("fast" if policy.weight_bits < 8 else "off") if options.recon == "auto" else options.recon
-    return PRESETS.get(name)
 
 
 def _drafts(
