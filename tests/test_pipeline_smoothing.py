@@ -19,7 +19,7 @@ pytest.importorskip("diffusers", reason="the helpers make networks with it")
 from export_helpers import parsed, run  # noqa: E402
 
 from qncd_deploy.calib.trajectories import CalibSet, load_user_npz  # noqa: E402
-from qncd_deploy.cli.export import _smoothing_line  # noqa: E402
+from qncd_deploy.cli.exported import smoothing_line  # noqa: E402
 from qncd_deploy.export.linears import find_linear_edges  # noqa: E402
 from qncd_deploy.pipeline import quantize as quantizing  # noqa: E402
 from qncd_deploy.pipeline import smoothing as judging  # noqa: E402
@@ -224,8 +224,8 @@ def test_more_attempts_need_more_evidence() -> None:
 
 def test_the_summary_says_what_gains_and_what_was_folded() -> None:
     found = Smoothing({"b": decision("b")}, {"q": decision("q", "k"), "o": decision("o")}, ("b", "q"), (2e-4, 1e-4))
-    assert _smoothing_line(found) == (
+    assert smoothing_line(found) == (
         "folded into 1 residual blocks and 1 inputs of Linears: 1 of 1 residual blocks and 2 of 2 inputs of Linears "
         "gain by themselves, the network's output error goes from 0.0002 to 0.0001"
     )
-    assert _smoothing_line(replace(found, blocks={}, folded=())).startswith("refused: 2 of 2 inputs of Linears gain")
+    assert smoothing_line(replace(found, blocks={}, folded=())).startswith("refused: 2 of 2 inputs of Linears gain")

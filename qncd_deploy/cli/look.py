@@ -17,6 +17,7 @@ from rich.table import Table
 
 from qncd_deploy.bundle import file_problems, read_manifest
 from qncd_deploy.cli.options import (
+    PATH,
     backend_option,
     bits_line,
     bits_text,
@@ -34,11 +35,17 @@ from qncd_deploy.engines.trt.options import TARGETS
 from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts
 from qncd_deploy.errors import BackendMissing, BundleError, EngineError
 from qncd_deploy.evaluate.contest import OFF, Contest, contests_of
+from qncd_deploy.pipeline.recipes import RECIPES, Recipe
 from qncd_deploy.runtime import Bundle
 
 
 @click.command("inspect")
-@bundle_argument
+@click.argument("bundle", type=PATH, required=False)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    help="Instead of a bundle: what `qncd export --recipe NAME` sets, and where each value was read.",
+)
 @backend_option
 @remainder_option
 @click.option(
@@ -50,9 +57,50 @@ from qncd_deploy.runtime import Bundle
 @engine_dir_option
 @json_option
 def inspect_command(
-    bundle: Path, backend: str | None, remainder: Remainder | None, kernels: bool, engine_dir: Path, as_json: bool
+    bundle: Path | None,
+    recipe: str | None,
+    backend: str | None,
+    remainder: Remainder | None,
+    kernels: bool,
+    engine_dir: Path,
+    as_json: bool,
 ) -> None:
     """List the layers by bits with scales and reasons, the corrections that are fitted, the engines that are built."""
+    if (bundle is None) == (recipe is None):
+        raise click.UsageError("expected a BUNDLE or --recipe NAME, one of the two.")
+    if recipe is not None:
+        _show_recipe(RECIPES[recipe], as_json=as_json)
+    if bundle is not None:
+        _show_bundle(bundle, backend, remainder, kernels=kernels, engine_dir=engine_dir, as_json=as_json)
+
+
+def _show_recipe(recipe: Recipe, *, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(recipe))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("option", "value", "read in"):
+        table.add_column(heading, overflow="fold")
+    for setting in recipe.settings:
+        value = ", ".join(setting.value) if isinstance(setting.value, tuple) else setting.value
+        table.add_row(setting.flag, str(value), setting.source)
+    console = Console(width=None if os.isatty(1) else 200)
+    console.print(f"{recipe.name}: {recipe.title}. Any option given beside --recipe {recipe.name} wins.")
+    console.print(table)
+    console.print("Not as published, or not known:")
+    for line in recipe.apart:
+        console.print(f"  {line}")
+
+
+def _show_bundle(
+    bundle: Path,
+    backend: str | None,
+    remainder: Remainder | None,
+    *,
+    kernels: bool,
+    engine_dir: Path,
+    as_json: bool,
+) -> None:
     opened = Bundle.open(bundle)
     plan, manifest = opened.plan, opened.manifest
     engines = _engines(engine_dir / bundle.resolve().name, backend)
@@ -74,6 +122,8 @@ def inspect_command(
     console.print(table)
     bits = Counter(bits_text(layer["weight_bits"], layer["act_bits"]) for layer in plan["layers"])
     console.print("   ".join(f"{count} {name}" for name, count in sorted(bits.items())))
+    if manifest.recipe.get("--recipe") is not None:
+        console.print(f"recipe {manifest.recipe['--recipe']}, and what was given beside it")
     if "bits" in manifest.quality:
         console.print(f"bits {bits_line(manifest.quality['bits'])}")
     if opened.stepping is not None:

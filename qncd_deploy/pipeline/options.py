@@ -10,6 +10,7 @@ from pathlib import Path
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.contest import OBJECTIVES
+from qncd_deploy.pipeline.recipes import RECIPES
 from qncd_deploy.quant.policy import BLOCK_SIZES, FLOAT_FORMAT
 from qncd_deploy.reconstruct.preset import PRESETS, Preset
 from qncd_deploy.schedule import SPACINGS
@@ -55,6 +56,7 @@ class ExportOptions:
     checkpoint: Path
     config: Path | None = None
     name: str | None = None
+    recipe: str | None = None
     format: str = "w8a8"
     calib_dir: Path = Path("calib_data")
     onnx_dir: Path = Path("export")
@@ -105,6 +107,7 @@ class ExportOptions:
             ("--calib-method", self.calib_method, CALIB_METHODS),
             ("--asymmetric", self.asymmetric, ASYMMETRIC),
             ("--timestep-spacing", self.timestep_spacing, (None, *SPACINGS)),
+            ("--recipe", self.recipe, (None, *RECIPES)),
         ):
             if value not in known:
                 raise UsageError(f"{flag} {value}: expected one of {', '.join(filter(None, known))}.")
