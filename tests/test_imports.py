@@ -37,6 +37,7 @@ ISLANDS = {
     ),
     "diffusers": ("models", "drop_in"),
     "safetensors": ("checkpoint",),
+    "huggingface_hub": ("models/hub.py",),
     "yaml": ("models", "pipeline/network.py"),
     "onnx": ("export", "engines/torch_"),
     "onnx_ir": ("export", "reconstruct", *EXPORTING),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qncd_deploy.cli.options import PATH, Numbers, Size, json_option, print_json
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing
 from qncd_deploy.evaluate.contest import OBJECTIVES
+from qncd_deploy.models.hub import fetch_from_hub, hub_name
 from qncd_deploy.pipeline.options import (
     ASYMMETRIC,
     CALIB_METHODS,
@@ -37,7 +39,13 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 
 
 @click.command("export")
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=PATH, required=False)
+@click.option(
+    "--from-hub",
+    metavar="ORG/NAME",
+    help="Download this diffusers model from the Hugging Face Hub, in place of a CHECKPOINT: its configs and weights "
+    "once, in one format. Nothing is ever downloaded otherwise.",
+)
 @click.option("--int8", "int8", is_flag=True, help="8-bit weights and activations: --format w8a8.")
 @click.option("--int4", "int4", is_flag=True, help="4-bit weights and 8-bit activations: --format w4a8.")
 @click.option(
@@ -215,8 +223,14 @@ def export_command(**given: Any) -> None:
     flags = {key: given.pop(key) for key in names}
     asked = _format(given["format"], int8=flags["int8"], int4=flags["int4"])
     given |= {"format": asked or DEFAULTS.format, "quant_level": QUANT_LEVELS[given["quant_level"]]}
+    if ((hub_id := given.pop("from_hub")) is None) == (given["checkpoint"] is None):
+        raise click.UsageError("expected a CHECKPOINT or --from-hub ORG/NAME, one of the two.")
+    if hub_id is not None:
+        given |= {"checkpoint": Path(hub_id), "name": given["name"] or hub_name(hub_id)}
     options = ExportOptions(**given | _of_recipe(given["recipe"], format_asked=asked is not None))
     _need_export_extra()
+    if hub_id is not None:
+        options = replace(options, checkpoint=fetch_from_hub(hub_id))
     started = time.perf_counter()
     if flags["dry_run"]:
         from qncd_deploy.pipeline.dry_run import dry_run
