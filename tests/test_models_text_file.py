@@ -13,11 +13,12 @@ torch = pytest.importorskip("torch", reason="reading checkpoints needs torch")
 pytest.importorskip("diffusers", reason="the network is built with diffusers")
 pytest.importorskip("transformers", reason="text encoders are built with transformers")
 
+from clip_words import TOKENS  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
 from diffusers.loaders import single_file_utils as converters  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from text_files import STAGE, UNET, UNETS, state_of, written, yaml_of  # noqa: E402
-from text_models import LATENTS, TOKENS, TWINS  # noqa: E402
+from text_models import LATENTS, TWINS  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection  # noqa: E402
 
 from qncd_deploy.checkpoint import Checkpoint  # noqa: E402
@@ -233,6 +234,15 @@ def test_every_tensor_of_a_tower_has_a_place(files: dict[str, tuple[Any, Path]],
     source = load_source(spoiled(files["sd21"][1], tmp_path, **changes))
     with pytest.raises(CheckpointError, match=r"1 tensors without a place \(first: 'transformer.resblocks.1.other'"):
         table(source)
+
+
+def test_a_tower_without_its_unused_layer(files: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    """As diffusers' own script writes Stable Diffusion 2."""
+    tower = "cond_stage_model.model."
+    left_out = {f"{tower}transformer.resblocks.2.": None, f"{tower}text_projection": None, f"{tower}logit_scale": None}
+    cut, whole = spoiled(files["sd21"][1], tmp_path, **left_out), files["sd21"][1]
+    found, expected = (table(load_source(path))["encoder_hidden_states"] for path in (cut, whole))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_vocabulary_is_asked_for(files: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:

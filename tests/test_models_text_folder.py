@@ -14,9 +14,10 @@ torch = pytest.importorskip("torch", reason="reading checkpoints needs torch")
 pytest.importorskip("diffusers", reason="reading diffusers folders needs diffusers")
 pytest.importorskip("transformers", reason="text encoders are read with transformers")
 
+from clip_words import TOKENS, vocabulary  # noqa: E402
 from diffusers import ControlNetModel, DDIMScheduler  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from text_models import BLOCKS, LATENTS, PICTURE, TOKENS, TWINS, sd15, vocabulary  # noqa: E402
+from text_models import BLOCKS, LATENTS, PICTURE, TWINS, sd15  # noqa: E402
 
 from qncd_deploy.bundle import TextFacts  # noqa: E402
 from qncd_deploy.errors import CheckpointError, UsageError  # noqa: E402

@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch", reason="the twins are torch networks")
 pytest.importorskip("diffusers", reason="the twins are diffusers pipelines")
 pytest.importorskip("transformers", reason="the twins have text encoders of transformers")
 
-from text_models import PICTURE, TOKENS, TWINS  # noqa: E402
+from clip_words import TOKENS  # noqa: E402
+from text_models import PICTURE, TWINS  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from qncd_deploy.bundle import TextFacts  # noqa: E402

@@ -13,7 +13,7 @@ Source: ldm/modules/encoders/modules.py of both repositories; sgm/modules/encode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def read_text(
     kind = stage.target()
     if stage.entries.get("params") is not None:
         stage.section("params").only(_KNOWN)
-    places = _places(kind, stage)
+    places = _places(kind, stage, checkpoint)
     for place in places:
         if not any(key.startswith(place.prefix) for key in checkpoint.tensors):
             raise CheckpointError(
@@ -98,7 +98,7 @@ def read_text(
     return Text(encoders, facts), files
 
 
-def _places(kind: str, stage: Section) -> tuple[_Place, ...]:
+def _places(kind: str, stage: Section, checkpoint: Checkpoint) -> tuple[_Place, ...]:
     if kind == BOTH:
         return (
             _Place("conditioner.embedders.0.transformer.", open_clip=False),
@@ -112,7 +112,10 @@ def _places(kind: str, stage: Section) -> tuple[_Place, ...]:
         return (_Place("cond_stage_model.transformer.", open_clip=False),)
     if layer not in ("last", "penultimate"):
         stage.fail("params.layer", f"is {layer!r}, expected 'last' or 'penultimate'.")
-    return (_Place("cond_stage_model.model.", open_clip=True, unused_layers=int(layer == "penultimate")),)
+    place = _Place("cond_stage_model.model.", open_clip=True)
+    # A whole tower has a projection; files converted from diffusers have neither that nor the layer that is not used.
+    whole = f"{place.prefix}text_projection" in checkpoint.tensors
+    return (replace(place, unused_layers=int(whole and layer == "penultimate")),)
 
 
 def _encoder(

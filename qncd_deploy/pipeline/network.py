@@ -37,6 +37,9 @@ GUIDANCE = 1.5
 TEXT_GUIDANCE = 7.5
 """The default scales where there is a null class to guide away from, and where prompts are guided."""
 
+FEW_STEPS = 4
+"""What models distilled to few steps are published with (SDXL-Turbo: Sauer et al., arXiv:2311.17042)."""
+
 
 @dataclass(frozen=True, eq=False)
 class FloatNetwork:
@@ -120,7 +123,7 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
         encoders=() if source.text is None else source.text.encoders,
         decoder_tile=tile,
         companions=source.companions,
-        notes=source.notes,
+        notes=(*source.notes, *_few_steps_note(source, sampler)),
     )
 
 
@@ -177,6 +180,15 @@ def condition_rows(network: FloatNetwork, indices: Sequence[int]) -> tuple[Condi
     tables, null = network.embedding.items(), condition.null_class
     given = {name: table[labels] for name, table in tables}
     return given, None if null is None else {name: table[[null]] for name, table in tables}
+
+
+def _few_steps_note(source: SourceModel, sampler: SamplerConfig) -> tuple[str, ...]:
+    if not source.few_steps or sampler.n_steps <= FEW_STEPS:
+        return ()
+    return (
+        f"The scheduler is one of models made for few steps, so guidance is off; try --n-steps {FEW_STEPS} instead of "
+        f"{sampler.n_steps}.",
+    )
 
 
 def _from_graph(options: ExportOptions) -> FloatNetwork:
