@@ -31,9 +31,9 @@ from qncd_deploy.engines.base import (
 )
 from qncd_deploy.engines.eps_model import input_roles
 from qncd_deploy.engines.stepped import SteppedEngine
-from qncd_deploy.engines.stored import stored_source
+from qncd_deploy.engines.stored import give_blobs, stored_source
 from qncd_deploy.engines.text import prompt_encoder
-from qncd_deploy.errors import BundleError, EngineError, UsageError
+from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.files import canonical_json, load_npz
 from qncd_deploy.prompts import read_prompts
 from qncd_deploy.sampler import Network, Sampler, Text
@@ -97,6 +97,15 @@ class Bundle:
     def stepping(self) -> Stepping | None:
         """Which timesteps take which bits of activations; None where all take the plan's. Raises BundleError."""
         return load_stepping(self.file("stepping")) if "stepping" in self.manifest.roles else None
+
+    @property
+    def around(self) -> tuple[str, ...]:
+        """Roles of the graphs beside the network, of one input each: decoders, of pictures and of tiles, and text
+        encoders.
+        """
+        text = self.manifest.model.text
+        encoders = () if text is None else tuple(encoder for _, encoder in text.roles)
+        return tuple(role for role in ("decoder", "decoder-tile", *encoders) if role in self.manifest.roles)
 
     def network_roles(self, role: str) -> tuple[str, ...]:
         """The graphs that sampling with the graph of this role runs: its siblings of fewer bits, if the bundle has any,
@@ -275,7 +284,7 @@ class Bundle:
                 unet=unet,
                 decoder=None if part is None else engines[part],
                 embedding=self.embedding,
-                text=self._text(backend, threads),
+                text=self._text(backend, threads, blobs),
                 slices=vae_slicing,
             )
             return Sampler(
@@ -342,35 +351,28 @@ class Bundle:
             raise BundleError(f"{path}: {found}. Run `qncd export` again.")
         return prompts
 
-    def _text(self, backend: str, threads: int | None) -> Text | None:
+    def _text(self, backend: str, threads: int | None, blobs: Sequence[Path]) -> Text | None:
         """How prompts are encoded here; nothing is opened before they are."""
         facts = self.manifest.model.text
         if facts is None or self.prompts is None:
             return None
-        files = [(self.file(words), self.file(encoder)) for words, encoder in facts.roles]
-        opened = partial(open_engine, backend, remainder="f32", threads=threads)
-        return Text(self.prompts, prompt_encoder(files, facts, opened))
+
+        def open_encoder(role: str) -> BaseEngine:
+            with ExitStack() as opened:
+                graph, source = self.file(role), self.graph_id(role)
+                engine = opened.enter_context(open_engine(backend, graph, remainder="f32", threads=threads))
+                give_blobs({source: engine}, [blob for blob in blobs if stored_source(blob) == source])
+                opened.pop_all()
+                return engine
+
+        towers = [(self.file(words), partial(open_encoder, role)) for words, role in facts.roles]
+        return Text(self.prompts, prompt_encoder(towers, facts))
 
     def load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
-        """Give compiled networks to the engines (by their graphs' roles) of whose graphs they were made.
-
-        A folder may hold some for other machines and versions. Raises EngineError for an engine that can use none of
-        those there are for it.
-        """
-        by_source = {self.graph_id(role): engine for role, engine in engines.items()}
-        refused: dict[str, EngineError] = {}
-        loaded = set()
-        for blob in blobs:
-            source = stored_source(blob)
-            if source not in by_source:
-                source = next(iter(by_source))  # whose engine says what is wrong with it
-            try:
-                by_source[source].load_blob(blob, source=source)
-                loaded.add(source)
-            except EngineError as exc:
-                refused.setdefault(source, exc)
-        for source in refused.keys() - loaded:
-            raise refused[source]
+        """Give engines, by their graphs' roles, what was compiled of them. Raises EngineError as give_blobs does."""
+        open_here = {self.graph_id(role): engine for role, engine in engines.items()}
+        others = {self.graph_id(role) for role in self.around} - open_here.keys()
+        give_blobs(open_here, blobs, others=others)
 
     def correction_table(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
         """The table to use, from the first file that has it, the bundle's own last. Raises ScheduleError if a method

@@ -59,12 +59,12 @@ def encode(backend: str, graph: Path, ids: np.ndarray) -> tuple[dict[str, np.nda
     """What text_encoder makes of ids, more of them than go at a time, and the engines that it opened."""
     opened: list[Any] = []
 
-    def open_graph(path: Path) -> Any:
-        opened.append(open_engine(backend, path, remainder="f32", threads=1))
+    def open_encoder() -> Any:
+        opened.append(open_engine(backend, graph, remainder="f32", threads=1))
         return opened[-1]
 
     assert len(ids) % ROWS, "the last group is to be filled up"
-    return dict(text_encoder(graph, open_graph)(ids)), opened
+    return dict(text_encoder(open_encoder)(ids)), opened
 
 
 def float_bundle(folder: Path, source: Path, prompts: Path) -> Path:

@@ -162,13 +162,13 @@ def fitted_tables(engine_dir: Path, bundle: Path) -> Sequence[Path]:
 
 
 def compiled_blobs(engine_dir: Path, bundle: Path, stem: str, *, batch: int | None = None) -> Sequence[Path]:
-    """Compiled networks that `qncd build` wrote for a bundle, of one engine and of the decoder beside it.
+    """Compiled networks that `qncd build` wrote for a bundle, of one engine and of what is beside it.
 
     batch: those for so many pictures at a time only, by their names (engines/README.md).
     """
     folder = engine_dir / bundle.resolve().name
-    decoder = f"{stem.rpartition('-')[0]}-f32-*-decoder-*"
-    found = {path for pattern in (f"{stem}-*", decoder) for path in folder.glob(pattern)}
+    beside = (f"{stem.rpartition('-')[0]}-f32-*-{part}-*" for part in ("decoder", "text-encoder"))
+    found = {path for pattern in (f"{stem}-*", *beside) for path in folder.glob(pattern)}
     compiled = sorted(path for path in found if path.suffix in (".blob", ".engine"))
     return [path for path in compiled if batch is None or str(batch) in _batches(path)]
 

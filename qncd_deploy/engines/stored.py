@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qncd_deploy.errors import EngineError
 from qncd_deploy.files import atomic_file, canonical_json, make_folder
+
+if TYPE_CHECKING:
+    from qncd_deploy.engines.base import BaseEngine
 
 SCHEMA = 1
 AGAIN = "Run `qncd build` again here."
@@ -61,6 +64,29 @@ def stored_source(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(source)
+
+
+def give_blobs(engines: Mapping[str, BaseEngine], blobs: Sequence[Path], *, others: Collection[str] = ()) -> None:
+    """Give compiled networks to the engines, by the hash of the graph that each runs, of whose graphs they were made.
+
+    others: hashes of graphs that are not open, whose compiled networks are passed over. A folder may hold some for
+    other machines and versions. Raises EngineError for an engine that can use none of those there are for it.
+    """
+    refused: dict[str, EngineError] = {}
+    loaded = set()
+    for blob in blobs:
+        source = stored_source(blob)
+        if source in others:
+            continue
+        if source not in engines:
+            source = next(iter(engines))  # whose engine says what is wrong with it
+        try:
+            engines[source].load_blob(blob, source=source)
+            loaded.add(source)
+        except EngineError as exc:
+            refused.setdefault(source, exc)
+    for source in refused.keys() - loaded:
+        raise refused[source]
 
 
 def require_same(path: Path, found: Any, wanted: Any, words: Mapping[str, str]) -> None:

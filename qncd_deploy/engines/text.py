@@ -19,31 +19,31 @@ ROWS = 2
 """Texts at a time: a prompt and its negative, which is what most runs encode; lists take turns."""
 
 
-Open = Callable[[Path], BaseEngine]
-"""An engine of a graph, which whoever opens it closes."""
+Open = Callable[[], BaseEngine]
+"""The engine of a text encoder, in float32, which whoever opens it closes."""
 
 
 def prompt_encoder(
-    files: Sequence[tuple[Path, Path]], facts: TextFacts, open_graph: Open
+    towers: Sequence[tuple[Path, Open]], facts: TextFacts
 ) -> Callable[[Sequence[str], str], Mapping[str, np.ndarray]]:
     """(prompts, negative prompt) -> what the network is told of them, see prompts.prompt_table.
 
-    files: (tokenizer, text encoder) of each of facts.roles. What is returned raises as open_tokenizer and open_graph
-    do.
+    towers: tokenizer and text encoder of each of facts.roles. What is returned raises as open_tokenizer and opening
+    the encoders do.
     """
 
     def encode(prompts: Sequence[str], negative: str) -> Mapping[str, np.ndarray]:
-        towers = [(open_tokenizer(words), text_encoder(graph, open_graph)) for words, graph in files]
-        return prompt_table(prompts, negative, towers, facts)
+        opened = [(open_tokenizer(words), text_encoder(encoder)) for words, encoder in towers]
+        return prompt_table(prompts, negative, opened, facts)
 
     return encode
 
 
-def text_encoder(graph: Path, open_graph: Open) -> Encode:
-    """An encoder that opens its engine when it is called. Raises, then, as open_graph does."""
+def text_encoder(open_encoder: Open) -> Encode:
+    """An encoder that opens its engine when it is called. Raises, then, as that does."""
 
     def encode(ids: np.ndarray) -> dict[str, np.ndarray]:
-        with open_graph(graph) as engine:
+        with open_encoder() as engine:
             (spec,) = engine.inputs.values()
             parts: dict[str, list[np.ndarray]] = {name: [] for name in engine.outputs}
             for (group,), held in full_groups([ids], rows=row_sizes(engine, spec, ROWS)):

@@ -14,6 +14,7 @@ from typing import Any
 
 from qncd_deploy.engines.base import Remainder, backend_status, find_backend, make_engine_id
 from qncd_deploy.engines.eps_model import fixed_rows, input_shapes
+from qncd_deploy.engines.text import ROWS as TEXTS
 from qncd_deploy.engines.trt.build import build as build_engine
 from qncd_deploy.engines.trt.build import graph_specs
 from qncd_deploy.engines.trt.device import Device, find_device
@@ -206,7 +207,9 @@ def _gate(bundle: Bundle, request: BuildRequest, device: Device | None) -> Gate 
 def _jobs(
     bundle: Bundle, folder: Path, request: BuildRequest, library: Library, device: Device | None
 ) -> Iterator[_Job]:
-    """The network, of several the one of the bundle's own plan first, and, if there is one, the decoder."""
+    """The network, of several the one of the bundle's own plan first, and what else the bundle has: decoders, of whole
+    pictures and of tiles, and text encoders.
+    """
     engine_id = make_engine_id(request.backend, request.remainder)
     cache = (
         None if device is None else folder.parent / f"timing-{request.backend}-{library.version_text}-{device.sm}.cache"
@@ -215,16 +218,15 @@ def _jobs(
     if library.ahead_of_time and device is not None:
         targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
     batches = request.batches or (default_batch(bundle.manifest.model.latent_shape),)
-    suffix = f"b{'+'.join(map(str, batches))}"
     own = find_backend(request.backend).role(request.remainder)
     names = {role: (engine_id, role.removeprefix(own)) for role in reversed(bundle.network_roles(own))}
-    if "decoder" in bundle.manifest.roles:
-        names["decoder"] = (make_engine_id(request.backend, "f32"), "-decoder")
+    float_id = make_engine_id(request.backend, "f32")
+    names |= {role: (float_id, f"-{role}") for role in bundle.around}
     for role, (engine, part) in names.items():
-        graph = bundle.file(role)
+        graph, sizes = bundle.file(role), (TEXTS,) if role.startswith("text-encoder") else batches
         inputs, _ = graph_specs(library, graph)
         options = BuildOptions(
-            profiles=tuple(_shapes(bundle, role, inputs, batch) for batch in batches),
+            profiles=tuple(_shapes(bundle, role, inputs, size) for size in sizes),
             targets=targets,
             level=request.level,
             workspace=request.workspace,
@@ -234,15 +236,16 @@ def _jobs(
         )
         check_options(library, options)
         facts = EngineFacts.of(library, device, options, source=bundle.graph_id(role))
-        yield _Job(role, graph, folder / f"{engine}-{facts.stem}{part}-{suffix}{SUFFIX}", options, facts)
+        suffix = "+".join(map(str, sizes))
+        yield _Job(role, graph, folder / f"{engine}-{facts.stem}{part}-b{suffix}{SUFFIX}", options, facts)
 
 
 def _shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, tuple[int, ...]]:
-    """Input shapes of a graph for a full batch: guidance asks the network for every picture twice, the decoder once."""
+    """Input shapes of a graph for a full batch: guidance asks the network for every picture twice, the others once."""
     latent = tuple(bundle.manifest.model.latent_shape)
-    if role == "decoder":
+    if role in bundle.around:
         (spec,) = inputs.values()
-        return {spec.name: (fixed_rows(spec) or batch, *latent)}
+        return {spec.name: (fixed_rows(spec) or batch, *map(int, spec.shape[1:]))}
     rows = batch if bundle.guidance() == 1 else 2 * batch
     return input_shapes(inputs, rows=rows, state=latent, conditions=bundle.embedding)
 

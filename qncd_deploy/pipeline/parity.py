@@ -26,6 +26,7 @@ from qncd_deploy.engines.trt.loaded import LoadedEngine
 from qncd_deploy.engines.trt.options import Shapes
 from qncd_deploy.engines.trt.run import TrtEngine
 from qncd_deploy.errors import GateFailed
+from qncd_deploy.prompts import open_tokenizer, tokenize
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
 
@@ -51,13 +52,15 @@ Feeds = Mapping[str, np.ndarray]
 class Case:
     """What one graph was fed, and what the float network made of it.
 
-    exact: its raw outputs;  expected: errors of a sound engine, one a call, None if unknown;  reference: whose.
+    exact: its raw outputs;  expected: errors of a sound engine, one a call, None if unknown;  reference: whose;
+    output: which one, None for the only one.
     """
 
     feeds: tuple[Feeds, ...]
     exact: tuple[np.ndarray, ...]
     expected: tuple[float, ...] | None
     reference: str
+    output: str | None = None
 
     def rows(self, count: int) -> Case:
         """The first rows alone."""
@@ -99,8 +102,8 @@ class Parity:
 
 
 def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
-    """Cases of the network and of the decoder, by "unet" and "decoder", of `rows` rows; of every network, by "unet" and
-    its suffix, where there are several.
+    """Cases of the network, of `rows` rows, by "unet", and of each graph around it, by its role; of every network, by
+    "unet" and its suffix, where there are several.
 
     The quantized networks' own errors are measured, too, where there is an engine for the CPU.
     """
@@ -129,12 +132,26 @@ def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
             elif on_cpu:
                 with open_engine(backend, bundle.file(role), remainder="f32") as engine:
                     cases[part] = replace(case, expected=measure(engine, case).errors)
-        decoder = sampler.network.decoder
-        if decoder is not None:
-            (name,) = decoder.inputs
-            feeds = {name: np.asarray(last.x)}
-            cases["decoder"] = Case((feeds,), (next(iter(decoder(feeds).values())),), (0.0,), backend)
-    return cases
+    return cases | {role: _case_around(bundle, role, backend, np.asarray(last.x)) for role in bundle.around}
+
+
+def _case_around(bundle: Bundle, role: str, backend: str, latents: np.ndarray) -> Case:
+    """What a graph beside the network makes of these latents, or of the bundle's own prompts."""
+    with open_engine(backend, bundle.file(role), remainder="f32") as engine:
+        (spec,), output = engine.inputs.values(), next(iter(engine.outputs))
+        if len(spec.shape) == 4:
+            fed = latents[:, :, : spec.shape[2], : spec.shape[3]]
+        else:
+            fed = np.resize(_prompt_ids(bundle, role), (len(latents), *spec.shape[1:]))
+        feeds = {spec.name: np.ascontiguousarray(fed, dtype=spec.dtype)}
+        return Case((feeds,), (engine(feeds)[output],), (0.0,), backend, output)
+
+
+def _prompt_ids(bundle: Bundle, encoder: str) -> np.ndarray:
+    """(prompts, L) tokens of the bundle's own prompts, as this text encoder reads them."""
+    assert bundle.manifest.model.text is not None and bundle.prompts is not None
+    (words,) = (words for words, role in bundle.manifest.model.text.roles if role == encoder)
+    return tokenize(open_tokenizer(bundle.file(words)), bundle.prompts)
 
 
 def measure(engine: BaseEngine, case: Case) -> Parity:
@@ -142,7 +159,8 @@ def measure(engine: BaseEngine, case: Case) -> Parity:
     errors, largest = [], 0.0
     for feeds, exact in zip(case.feeds, case.exact, strict=True):
         own = {name: feeds[name].astype(spec.dtype, copy=False) for name, spec in engine.inputs.items()}
-        found = next(iter(engine(own).values())).astype(np.float64)
+        outputs = engine(own)
+        found = outputs[case.output or next(iter(outputs))].astype(np.float64)
         errors.append(_error(found, exact))
         largest = max(largest, float(np.abs(found).max()))
     bound = ALLOWED * max(float(np.abs(exact).max()) for exact in case.exact)
@@ -203,7 +221,7 @@ class Gate:
 
         Raises: GateFailed, with the first layer that goes wrong, if it must not be used;  EngineError if it cannot run.
         """
-        remainder: Remainder = "f32" if role == "decoder" else self._remainder
+        remainder: Remainder = "f32" if role in self._bundle.around else self._remainder
         found = []
         with open_engine(self._backend.name, self._bundle.file(role), remainder=remainder) as engine:
             assert isinstance(engine, TrtEngine)
@@ -213,7 +231,7 @@ class Gate:
                 found.append((measure(engine, case), case, shapes))
         for parity, case, shapes in found:
             if (fault := parity.fault) is not None:
-                first = None if role == "decoder" else self._first_wrong(role, parity, case, shapes, built)
+                first = None if role in self._bundle.around else self._first_wrong(role, parity, case, shapes, built)
                 where = "" if first is None else f" The first layer that goes wrong is the one that makes {first!r}."
                 raise GateFailed(
                     f"{place}: {fault}.{where} The engine is not kept. Build it with another --level, or leave that "
@@ -223,13 +241,13 @@ class Gate:
 
     def _case(self, role: str, shapes: Shapes) -> Case:
         """What was recorded, cut to a profile's rows."""
-        state = next(shape for shape in shapes.values() if len(shape) == 4)
-        own = self._backend.role(self._remainder)
-        part = "decoder" if role == "decoder" else f"unet{role.removeprefix(own)}"
-        if part not in self._cases or len(self._cases[part].exact[0]) < state[0]:
+        rows = max(shapes.values(), key=len)[0]
+        own, around = self._backend.role(self._remainder), role in self._bundle.around
+        part = role if around else f"unet{role.removeprefix(own)}"
+        if part not in self._cases or len(self._cases[part].exact[0]) < rows:
             guided = self._bundle.guidance() != 1
-            self._cases = record(self._bundle, rows=2 * state[0] if guided and role == "decoder" else state[0])
-        return self._cases[part].rows(state[0])
+            self._cases = record(self._bundle, rows=2 * rows if guided and around else rows)
+        return self._cases[part].rows(rows)
 
     def _first_wrong(self, role: str, parity: Parity, case: Case, shapes: Shapes, built: BuiltEngine) -> str | None:
         library = open_library("tensorrt" if self._backend.name == "tensorrt" else "tensorrt-rtx")
