@@ -16,7 +16,7 @@ from export_helpers import feeds_for, minmax_plan, parsed, run, traced
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
-from qncd_deploy.export.save import save_siblings, spill
+from qncd_deploy.export.save import on_disk, save_siblings, spill
 
 
 def siblings() -> tuple[dict[str, ir.Model], dict[str, np.ndarray]]:
@@ -127,3 +127,26 @@ def test_spilled_tensors_are_mapped_from_their_file(tmp_path: Path) -> None:
         save_siblings({"net.onnx": each}, tmp_path)
         found = ir.load(tmp_path / "net.onnx").graph.initializers["w"].const_value.numpy()
         np.testing.assert_array_equal(found, factor * held["w"])
+
+
+def test_a_graph_on_disk_shares_the_files_that_it_was_spilled_to(tmp_path: Path) -> None:
+    models, feeds = siblings()
+    model = models["unet.onnx"]
+    expected = run(model, feeds)
+    spill(model, tmp_path / "weights.data")
+    before = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    with on_disk(model, tmp_path) as path, on_disk(model, tmp_path) as other:
+        assert path != other and path.with_suffix(".data").stat().st_size == 0
+        assert {file for file, _, _ in references(path).values()} == {"weights.data"}
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        (out,) = ort.InferenceSession(path, options).run(None, feeds)
+        # the same ops on the same weights; threads may add in another order
+        np.testing.assert_allclose(out, expected["out"], rtol=1e-4, atol=1e-5)
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.data"]
+    for name, value in model.graph.initializers.items():  # mapped anew
+        np.testing.assert_array_equal(value.const_value.numpy(), before[name])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with on_disk(model, elsewhere) as path:  # a graph's files lie beside it
+        assert {file for file, _, _ in references(path).values()} == {path.with_suffix(".data").name}

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import torch
-from onnx import numpy_helper
+from onnx import external_data_helper, numpy_helper
 from torch import Tensor
 
 from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds
@@ -31,7 +31,7 @@ class TorchEngine(BaseEngine):
     def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
         assert remainder == "f32"
         try:
-            model = onnx.inliner.inline_local_functions(onnx.load(path))
+            model = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
         except Exception as exc:  # protobuf and onnx raise unrelated classes
             raise BuildFailed(f"{path}: not a readable ONNX file ({first_line(exc)}).") from exc
         opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
@@ -44,12 +44,12 @@ class TorchEngine(BaseEngine):
         if any(n.op_type == "QuantizeLinear" and nibbles & {*n.input} for n in graph.node):
             raise BuildFailed(f"{path}: the torch engine reads 4-bit tensors, it makes none.")
         try:
-            self._weights = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
+            self._weights = {tensor.name: _weight(tensor, path.parent) for tensor in graph.initializer}
             self._nodes = [(node, _attributes(node)) for node in graph.node]
             given = [value for value in graph.input if value.name not in self._weights]
             inputs = {value.name: _spec(value) for value in given}
             outputs = {value.name: _spec(value) for value in graph.output}
-        except ValueError as exc:
+        except (ValueError, OSError) as exc:
             raise BuildFailed(f"{path}: {first_line(exc)}.") from exc
         self._threads = threads
         self._expired = _last_uses(graph)
@@ -172,6 +172,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, onnx.TensorProto):
         return _tensor(value)
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _weight(tensor: onnx.TensorProto, folder: Path) -> Tensor:
+    """A float weight that lies outside is mapped, not read: it may be gigabytes."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return _tensor(tensor)
+    if tensor.data_type == onnx.TensorProto.FLOAT:
+        info = external_data_helper.ExternalDataInfo(tensor)
+        # written to, a page becomes the process's own
+        array = np.memmap(folder / info.location, "<f4", "c", info.offset or 0, tuple(tensor.dims))
+        return torch.from_numpy(np.asarray(array))
+    external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+    return _tensor(tensor)
 
 
 def _tensor(tensor: onnx.TensorProto) -> Tensor:

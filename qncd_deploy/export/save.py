@@ -10,7 +10,9 @@ in memory at a time; nothing is ever one protobuf of more than 2 GB.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -56,15 +58,44 @@ def save_siblings(models: Mapping[str, ir.Model], folder: Path) -> tuple[Path, .
 
 
 def spill(model: ir.Model, data: Path) -> None:
-    """Move a graph's large tensors from memory to a new file, from which they are mapped when they are read; what lies
-    in a file already stays there. The file must outlive the graph and its clones. Raises OSError if the disk is full.
+    """Move a graph's large tensors to a new file, from which they are mapped when they are read; what lies in a file of
+    that folder already stays there. The file must outlive the graph and its clones. Raises OSError if the disk is full.
     """
     with open(data, "wb") as stream:
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor.nbytes >= INLINE_BYTES and not isinstance(tensor, ir.ExternalTensor):
+            if tensor.nbytes >= INLINE_BYTES and not _lies_in(tensor, data.parent):
                 place = _Place(data.name, _append(stream, tensor))
                 value.const_value = _external(tensor, place, value.name, folder=data.parent)
+
+
+@contextmanager
+def on_disk(model: ir.Model, folder: Path) -> Iterator[Path]:
+    """A graph as a file for as long as the block lasts, beside the files that it was spilled to, which are not copied.
+
+    The model lets go of what it has mapped of them: the next reader maps it anew. Raises OSError if the disk is full.
+    """
+    handle, name = tempfile.mkstemp(suffix=".onnx", dir=folder)
+    path = Path(name)
+    try:
+        with open(handle, "wb") as stream:
+            copy = model.clone()
+            spill(copy, path.with_suffix(".data"))
+            stream.write(ir.to_proto(copy).SerializeToString())
+            del copy
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if _lies_in(tensor, folder):
+                place = _Place(tensor.location, tensor.offset)
+                value.const_value = _external(tensor, place, value.name, folder=folder)
+        yield path
+    finally:
+        for file in (path, path.with_suffix(".data")):
+            file.unlink(missing_ok=True)
+
+
+def _lies_in(tensor: ir.TensorProtocol, folder: Path) -> bool:
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).parent == folder
 
 
 def _large_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:

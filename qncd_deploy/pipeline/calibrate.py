@@ -17,7 +17,7 @@ from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.engines.ort import OrtEngine
 from qncd_deploy.errors import CalibrationError
 from qncd_deploy.export.graph import instrument, row_values
-from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.save import on_disk
 from qncd_deploy.files import sha256_file
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
 from qncd_deploy.pipeline.options import ExportOptions
@@ -98,17 +98,11 @@ class Probe:
 @contextmanager
 def probing(model: ir.Model, names: Sequence[str], scratch: Path) -> Iterator[Probe]:
     """Open a graph so that the named tensors can be fetched; its copy in `scratch` goes with the block."""
-    graph = scratch / "probe.onnx"
-    files = save_siblings({graph.name: instrument(model, names)}, scratch)
-    try:
-        with open_engine("onnxruntime", graph) as engine:
-            assert isinstance(engine, OrtEngine)
-            tensors = (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))
-            sizes = {tensor.name: 4 * row_values(tensor) for tensor in tensors}
-            yield Probe(engine, sizes)
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
+    with on_disk(instrument(model, names), scratch) as graph, open_engine("onnxruntime", graph) as engine:
+        assert isinstance(engine, OrtEngine)
+        tensors = (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))
+        sizes = {tensor.name: 4 * row_values(tensor) for tensor in tensors}
+        yield Probe(engine, sizes)
 
 
 def in_batches(

@@ -23,7 +23,7 @@ from qncd_deploy.engines.base import (
     make_engine_id,
 )
 from qncd_deploy.errors import BundleError, QncdError
-from qncd_deploy.export.save import save_siblings, spill
+from qncd_deploy.export.save import on_disk, save_siblings, spill
 from qncd_deploy.export.trace import trace_text_encoder
 from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.files import atomic_directory, save_npz, sha256_file
@@ -82,7 +82,8 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         with progress.stage("network"):
             network = read_network(options)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
-            spill(network.model, Path(scratch) / "weights.data")
+            for role, graph in {"float": network.model, **_decoders(network)}.items():
+                spill(graph, Path(scratch) / f"{role}.data")
             quantized = _quantized(network, options, Path(scratch), progress)
             _write_network(folder, network, quantized)
             quantized = replace(quantized, graphs={})  # whose weights are where they were written
@@ -147,9 +148,7 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     if not options.rounds_activations and (options.format == FLOAT_FORMAT or not options.brings_graph):
         return quantize_weights(network, options, progress)
     check_budget(network.sites, options, policy_of(options))
-    graph = scratch / GRAPHS["float"]
-    save_siblings({graph.name: network.model}, scratch)
-    with progress.stage("calibration") as tick:
+    with progress.stage("calibration") as tick, on_disk(network.model, scratch) as graph:
         calib = calibration_set(network, options, graph, _name(options), tick)
     if options.rounds_activations:
         work = options.calib_dir / _name(options) / "rounding"

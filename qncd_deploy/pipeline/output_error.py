@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import BaseEngine, default_backend, find_backend, open_engine
 from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
-from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.save import on_disk
 from qncd_deploy.pipeline.calibrate import in_batches
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.specs import TensorSpec
@@ -68,11 +67,8 @@ def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[
     if backend.role() == "ort" and plan is not None:
         graph = graph.clone()
         OrtSibling(plan)(graph)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        path = Path(folder) / "running.onnx"
-        save_siblings({path.name: graph}, path.parent)
-        with open_engine(backend.name, path, remainder="f32") as engine:
-            yield engine
+    with on_disk(graph, scratch) as path, open_engine(backend.name, path, remainder="f32") as engine:
+        yield engine
 
 
 def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:

@@ -16,7 +16,7 @@ from qncd_deploy.engines.base import open_engine
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.export.graph import row_macs, row_values
 from qncd_deploy.export.passes.common import constant
-from qncd_deploy.export.save import save_siblings
+from qncd_deploy.export.save import on_disk
 from qncd_deploy.pipeline.calibrate import in_batches
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.quant.budget import EdgeCost, output_noise
@@ -128,9 +128,7 @@ def _probed(model: ir.Model, network: FloatNetwork, calib: CalibSet, scratch: Pa
     """ROWS rows of the calibration set in batches, with the same probes each time."""
     rows = np.unique(np.linspace(0, len(calib) - 1, min(ROWS, len(calib))).astype(int))
     rng = np.random.default_rng(0)
-    graph = scratch / "sensitivity.onnx"
-    save_siblings({graph.name: model}, scratch)
-    with open_engine("torch", graph) as engine:
+    with on_disk(model, scratch) as graph, open_engine("torch", graph) as engine:
         assert isinstance(engine, TorchEngine)
         for feeds in in_batches(calib.take(rows), network.facts.inputs, _batch_size(model, network)):
             (out,) = engine(feeds).values()
