@@ -112,7 +112,8 @@ def test_models_in_memory_stay_as_they_are(tmp_path):
 def test_spilled_tensors_are_mapped_from_their_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     held = {"w": rng.standard_normal((64, 64), np.float32), "small": np.ones(64, np.float32)}
-    text = '<ir_version: 8, opset_import: ["": 18]> g (float[N,64] x) => (float[N,64] y) { s = MatMul (x, w) y = Add (s, small) }'
+    text = """<ir_version: 8, opset_import: ["": 18]>
+        g (float[N,64] x) => (float[N,64] y) { s = MatMul (x, w) y = Add (s, small) }"""
     model = parsed(text, held)
     spill(model, tmp_path / "first.data")
     assert isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
