@@ -1,4 +1,4 @@
-"""What README says can be typed: its commands parse, and the options it names are options."""
+"""What README and the page of models say can be typed: their commands parse, the options they name are options."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from cli_helpers import qncd
 
 from qncd_deploy.cli import qncd as group
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 if not README.exists():
     pytest.skip("there is no README", allow_module_level=True)
-TEXT = README.read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in (README, ROOT / "docs/models.md"))
 OTHERS_OPTIONS = {"--no-index", "--find-links", "--extra-index-url", "--index-url"}
 """Long options in README that belong to other programs."""
 
