@@ -264,7 +264,7 @@ def test_unconditional_pipelines(
     plain: Bundle, kind: str, corrected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = plain.key(AS_EXPORTED, f"{BACKEND}-f32")
-    fixes = tuple(StepFix(b=0.1 * call, x_add=0.05 * call) for call in range(5))
+    fixes = tuple(StepFix(b=0.1 * call, x_add=0.05 * call, t_model=700.0 - call) for call in range(5))
     save_tables(tmp_path / "c.npz", [CorrectionTable("ptqd", key, fixes)], auto={key.id: "ptqd"})
     tables = [tmp_path / "c.npz"] if corrected else []
     with plain.sampler(BACKEND, tables=tables) as sampler:
