@@ -53,6 +53,10 @@ _QDIFFUSION_APART = (
     "q, k, v and the attention weights are quantized before their products there; here these stay float.",
     "8-bit weights have a zero point there; here they are symmetric (4-bit ones have one in both).",
 )
+_CLASS_TOKEN = _all(
+    "keys and values of the class token are quantized like every Linear of a transformer block",
+    include=("attn2.to_[kv]",),
+)
 _QNCD_EVERYWHERE = Setting("gate", False, "QNCD smooths every residual block, whether its error falls or not")
 
 RECIPES: Mapping[str, Recipe] = {
@@ -72,6 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
                     correction="qncd:paper",
                 ),
                 _QNCD_EVERYWHERE,
+                *_CLASS_TOKEN,
                 *_EVERY_LAYER,
             ),
             (
@@ -187,6 +192,7 @@ RECIPES: Mapping[str, Recipe] = {
                 ),
                 *_all("PTQD smooths nothing", smooth="off"),
                 *_all("quant_scripts/analyze_error.py, on 1,024 pictures", correction="ptqd:paper", fit_size=1024),
+                *_CLASS_TOKEN,
                 *_EVERY_LAYER,
             ),
             (
