@@ -60,11 +60,15 @@ def save_siblings(models: Mapping[str, ir.Model], folder: Path) -> tuple[Path, .
 def spill(model: ir.Model, data: Path) -> None:
     """Move a graph's large tensors to a new file, from which they are mapped when they are read; what lies in a file of
     that folder already stays there. The file must outlive the graph and its clones. Raises OSError if the disk is full.
+
+    Small tensors become arrays of their own, since as views they would keep a whole checkpoint in memory.
     """
     with open(data, "wb") as stream:
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor.nbytes >= INLINE_BYTES and not _lies_in(tensor, data.parent):
+            if tensor.nbytes < INLINE_BYTES:
+                value.const_value = ir.tensor(tensor.numpy().copy(), tensor.dtype, name=value.name)
+            elif not _lies_in(tensor, data.parent):
                 place = _Place(data.name, _append(stream, tensor))
                 value.const_value = _external(tensor, place, value.name, folder=data.parent)
 

@@ -209,7 +209,8 @@ def _condition(checkpoint: Checkpoint, params: Section, unet: Section, null_clas
     if tuple(table.shape) != expected:
         key = "n_classes" if table.shape[0] != expected[0] else "embed_dim"
         embedder.fail(key, f"does not fit: '{_COND}embedding.weight' is {tuple(table.shape)}, expected {expected}.")
-    values = finite_float32(table, where=where, name=f"{_COND}embedding.weight").numpy()[:, None, :]
+    tensor = finite_float32(table, where=where, name=f"{_COND}embedding.weight")
+    values = tensor.numpy()[:, None, :].copy()  # a view would keep the whole checkpoint mapped
     last = expected[0] - 1 if expected[0] > 1 else None
     return Condition("class-tokens", expected[0], last if null_class is None else null_class, values)
 
