@@ -128,6 +128,11 @@ def test_shards_half_precision_and_pickles(tmp_path: Path) -> None:
     unet.half().save_pretrained(tmp_path / "half/unet", variant="fp16")
     DDIMScheduler().save_pretrained(tmp_path / "half/scheduler")
     assert torch.equal(load_source(tmp_path / "half").unet(X, T).sample, unet.float()(X, T).sample)
+    both = tmp_path / "half/unet/diffusion_pytorch_model"
+    unet.save_pretrained(both.parent)
+    Path(f"{both}.fp16.safetensors").rename(f"{both}.fp16-00001-of-00001.safetensors")
+    Path(f"{both}.safetensors.index.fp16.json").write_text("{}")  # a variant in shards does not come before it
+    assert torch.equal(load_source(tmp_path / "half").unet(X, T).sample, unet(X, T).sample)
     missing = sorted((tmp_path / "shards/unet").glob("*-of-*.safetensors"))[-1]
     missing.unlink()
     assert "shards are missing, 1 of" in (message := refusal(tmp_path / "shards")) and missing.name in message

@@ -66,14 +66,19 @@ def all_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
 def _weight_files(home: Path, stems: Mapping[str, str]) -> list[Path]:
     """One file or its shards; safetensors before pickles, full precision before a variant such as fp16."""
     for suffix, stem in stems.items():
-        for index in sorted(home.glob(f"{stem}*.{suffix}.index*.json"), key=lambda path: len(path.name)):
-            return _shards(home, index)
-        for file in sorted(home.glob(f"{stem}*.{suffix}"), key=lambda path: len(path.name)):
-            if "-of-" in file.name:
-                raise CheckpointError(f"{home}: has shards, and no {stem}.{suffix}.index.json. Download it too.")
-            return [file]
+        found = [*home.glob(f"{stem}*.{suffix}"), *home.glob(f"{stem}*.{suffix}.index*.json")]
+        whole = sorted((path for path in found if "-of-" not in path.name), key=_variant)
+        if whole:
+            return _shards(home, whole[0]) if whole[0].suffix == ".json" else whole[:1]
+        if found:
+            raise CheckpointError(f"{home}: has shards, and no {stem}.{suffix}.index.json. Download it too.")
     names = " or ".join(f"{stem}.{suffix}" for suffix, stem in stems.items())
     raise CheckpointError(f"{home}: no weights, expected {names}. Download or copy them.")
+
+
+def _variant(path: Path) -> tuple[int, str]:
+    """Orders weights: the longer the name, an index apart, the more it is a variant."""
+    return len(path.name.replace(".index", "").removesuffix(".json")), path.name
 
 
 def _shards(home: Path, index: Path) -> list[Path]:
