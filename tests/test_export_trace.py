@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from export_helpers import feeds_for, run, run_torch, traced
 
 from qncd_deploy.errors import ExportError
 from qncd_deploy.export.passes.normalise import normalise
+from qncd_deploy.export.save import spill
 from qncd_deploy.export.trace import trace, trace_decoder
 from qncd_deploy.export.verify import FLOAT, verify
 from qncd_deploy.specs import TensorSpec
@@ -112,3 +115,14 @@ def test_a_module_that_cannot_be_traced_is_one_line():
     with pytest.raises(ExportError, match=r"^_Branches: torch cannot trace it \(.*\)\.$") as caught:
         trace(_Branches(), [TensorSpec("sample", "float32", ("batch", 1, 2, 2))])
     assert "\n" not in str(caught.value)
+
+
+def test_a_spilled_graph_holds_nothing_of_the_module(tmp_path: Path) -> None:
+    """Weights of large networks are in memory once: what was traced can go when the graph's weights are on disk."""
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32, bias=False), torch.nn.SiLU(), torch.nn.Linear(32, 32))
+    held = [weakref.ref(parameter) for parameter in module.parameters()]
+    model = trace(module, [TensorSpec("x", "float32", ("batch", 4, 16))])
+    spill(model, tmp_path / "weights.data")
+    del module
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3

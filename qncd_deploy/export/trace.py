@@ -46,7 +46,7 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, outputs: Seq
     _name_batch(model.graph)
     _strip_prefix(model.graph, "module.")
     model.graph.name = type(module).__name__
-    return normalise(model)
+    return _without_module(normalise(model))
 
 
 def trace_decoder(decoder: torch.nn.Module, latent_shape: tuple[int, int, int]) -> ir.Model:
@@ -135,6 +135,18 @@ def _name_batch(graph: ir.Graph) -> None:
             value.shape = ir.Shape(
                 dim if isinstance(dim, int) else BATCH if dim.value in symbols else None for dim in value.shape
             )
+
+
+def _without_module(model: ir.Model) -> ir.Model:
+    """The same graph, which no longer holds the traced module: torch leaves its own nodes, and with them the program and
+    its weights, in what nodes and values carry along; and onnx-ir's containers keep values that have left the graph.
+    """
+    copy = model.clone()
+    for node in copy.graph:
+        node.meta.pop("node", None)
+    for value in copy.graph.initializers.values():
+        value.meta.pop("node", None)
+    return copy
 
 
 def _strip_prefix(graph: ir.Graph, prefix: str) -> None:
