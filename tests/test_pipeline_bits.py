@@ -91,6 +91,7 @@ def test_the_budget_is_shown(mixed: tuple[Path, str]) -> None:
     average = read_manifest(bundle).quality["bits"]["average"]
     for words in (f"{average:.2f} a weight on average", "--avg-bits 5.5", "W4", "W8", "predicted error of the output"):
         assert words in line
+    assert "first token" not in said  # of three tokens of one size
     assert line.removeprefix("bits").strip() in qncd("inspect", bundle).out
 
 

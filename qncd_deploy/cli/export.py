@@ -21,6 +21,7 @@ from qncd_deploy.pipeline.options import (
     ASYMMETRIC,
     CALIB_METHODS,
     CORRECTIONS,
+    FIRST_TOKEN,
     FORMATS,
     LEARNING_PICTURES,
     RANGES_PICTURES,
@@ -140,6 +141,13 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     metavar="PERCENT",
     help="Share of the arithmetic that may stay float where rounding costs the output most; up to 10 while the "
     "predicted error is large; 0 quantizes all.",
+)
+@click.option(
+    "--first-token",
+    type=click.Choice(FIRST_TOKEN),
+    default=DEFAULTS.first_token,
+    help="auto: the layers that make keys and values of the text stay float where its first token is so large that one "
+    "range for all tokens more than doubles their error (MixDQ); off quantizes them.",
 )
 @click.option(
     "--avg-bits",

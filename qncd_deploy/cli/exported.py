@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qncd_deploy.cli.options import bits_line, bits_text, print_json
+from qncd_deploy.cli.options import bits_line, bits_text, first_token_line, print_json
 from qncd_deploy.errors import GateFailed
 from qncd_deploy.evaluate.measure import graph_bytes
 
@@ -55,6 +55,8 @@ def show(exported: Exported, seconds: float, *, verbose: bool) -> None:
         click.echo(f"            {count:4d}  {reason}")
     if "bits" in manifest.quality:
         click.echo(f"bits        {bits_line(manifest.quality['bits'])}")
+    if exported.quantized.first_tokens.exceptions:
+        click.echo(f"first token {first_token_line(manifest.quality['first_token'])}")
     smoothing = exported.quantized.smoothing
     if smoothing.blocks or smoothing.linears:
         click.echo(f"smoothing   {smoothing_line(smoothing)}")

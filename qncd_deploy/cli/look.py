@@ -23,6 +23,7 @@ from qncd_deploy.cli.options import (
     bits_text,
     bundle_argument,
     engine_dir_option,
+    first_token_line,
     fitted_tables,
     json_option,
     print_json,
@@ -126,6 +127,8 @@ def _show_bundle(
         console.print(f"recipe {manifest.recipe['--recipe']}, and what was given beside it")
     if "bits" in manifest.quality:
         console.print(f"bits {bits_line(manifest.quality['bits'])}")
+    if manifest.quality.get("first_token", {}).get("kept_float"):
+        console.print(f"first token {first_token_line(manifest.quality['first_token'])}")
     if opened.stepping is not None:
         graphs = ", ".join(manifest.roles[role] for role in opened.network_roles("master"))
         console.print(f"activations {opened.stepping.line()} ({graphs}; the layers above are those of the last)")

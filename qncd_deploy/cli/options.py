@@ -147,6 +147,17 @@ def bits_line(bits: Mapping[str, Any]) -> str:
     )
 
 
+def first_token_line(found: Mapping[str, Any]) -> str:
+    """What the first text token was found to do, from what the manifest says of it."""
+    outliers = [
+        f"token 0 of {name} is {each['times']:.3g} times as large as the others, whose error it raises from "
+        f"{each['error_apart']:.2g} to {each['error_others']:.2g}"
+        for name, each in found["inputs"].items()
+        if each["kept_float"]
+    ]
+    return f"{found['kept_float']} layers that read it stay float: {'; '.join(outliers)}"
+
+
 def typed_command() -> str:
     """The command line that is running, for a page that says how to make it again."""
     return shlex.join(["qncd", *sys.argv[1:]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,18 @@ def choose_bits(
     options: ExportOptions,
     policy: Policy,
     scratch: Path,
+    *,
+    kept: Container[str] = (),
 ) -> Bits:
-    """Measure what rounding does to the output and decide. model: the float graph that is to be quantized.
+    """Measure what rounding does to the output and decide. model: the float graph that is to be quantized; kept: names
+    of layers that stay float already.
 
     With a budget, the solver also says what stays float: as much of the arithmetic as --keep-float alone would leave.
     """
     budget = budget_of(options)
     if budget is None and not options.keep_float:
         return Bits()
-    sites = [site for site in find_sites(model, network.inputs) if decide(site, policy)[0]]
+    sites = [site for site in find_sites(model, network.inputs) if decide(site, policy)[0] and site.name not in kept]
     sites = [site for site in sites if stats[site.input].amax > 0]  # the others stay float, see make_plan
     costs = edge_costs(model, network, sites, calib, stats, policy, scratch)
     exceptions = keep_float(costs, budget=options.keep_float / 100) if options.keep_float else {}

@@ -267,6 +267,8 @@ def _quality(quantized: Quantized) -> dict[str, Any]:
         found["rounding"] = quantized.reconstruction.to_json()
     if (bits := quantized.bits.to_json()) is not None:
         found["bits"] = bits
+    if quantized.first_tokens.found:
+        found["first_token"] = quantized.first_tokens.to_json()
     if quantized.plan.output_sqnr_db is not None:
         found["output_sqnr_db"] = quantized.plan.output_sqnr_db
     if quantized.steps is not None:

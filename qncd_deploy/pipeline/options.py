@@ -18,6 +18,7 @@ from qncd_deploy.schedule import SPACINGS
 WEIGHT_ONLY_FORMAT = "w4a16"
 FORMATS = (FLOAT_FORMAT, "w8a8", "w4a8", "w4a6", "w4a4", WEIGHT_ONLY_FORMAT)
 SMOOTHING = ("qncd", "qncd:paper", "smoothquant", "off")
+FIRST_TOKEN = ("auto", "off")
 SPLITTING = ("auto", "off", "shortcut", "all")
 RECONSTRUCTION = ("auto", "off", *PRESETS)
 CORRECTIONS = ("auto", "off", *METHODS)
@@ -43,14 +44,14 @@ class ExportOptions:
     prompt a line; None is a list of our own. height, width: of the pictures; None is the model's. calib_size: pictures
     whose trajectories are recorded, None for as many as what learns from them needs; calib_steps: network calls
     recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of the multiplications
-    that may stay float where rounding costs most. avg_bits, max_size: budget of the weights, in bits per weight or in
-    bytes of all. block_size: weights of a 4-bit block, for w4a16 alone; None is BLOCK_SIZE.
-    split: "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto" those whose
-    held-out error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of activations to
-    choose from by timestep, the format's own among them; () for these throughout. alpha: None tries several. recon:
-    "auto" learns the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the held-out error
-    (False is for studies of the method itself). fit_size: pictures that corrections are fitted on; auto chooses on
-    as many others.
+    that may stay float where rounding costs most. first_token: "auto" leaves the layers that read the text in float
+    where its first token would spoil the other tokens' range. avg_bits, max_size: budget of the weights, in bits per
+    weight or in bytes of all. block_size: weights of a 4-bit block, for w4a16 alone; None is BLOCK_SIZE. split:
+    "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto" those whose held-out
+    error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of activations to choose from
+    by timestep, the format's own among them; () for these throughout. alpha: None tries several. recon: "auto" learns
+    the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the held-out error (False is for
+    studies of the method itself). fit_size: pictures that corrections are fitted on; auto chooses on as many others.
     """
 
     checkpoint: Path
@@ -79,6 +80,7 @@ class ExportOptions:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     keep_float: float = 2.0
+    first_token: str = "auto"
     avg_bits: float | None = None
     max_size: int | None = None
     block_size: int | None = None
@@ -99,6 +101,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for flag, value, known in (
             ("--format", self.format, FORMATS),
+            ("--first-token", self.first_token, FIRST_TOKEN),
             ("--split", self.split, SPLITTING),
             ("--smooth", self.smooth, SMOOTHING),
             ("--recon", self.recon, RECONSTRUCTION),

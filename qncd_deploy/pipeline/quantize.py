@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.bits import Bits, choose_bits
 from qncd_deploy.pipeline.calibrate import counted, probing
 from qncd_deploy.pipeline.draft import Draft
+from qncd_deploy.pipeline.first_token import FirstTokens, find_first_tokens
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Progress, Tick
@@ -35,8 +36,8 @@ from qncd_deploy.reconstruct.network import Reconstruction, reconstruct
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """The plan, what became of smoothing, of splitting and of a budget of bits, and the graphs by file name (the float
-    twin too).
+    """The plan, what became of smoothing, of splitting, of a budget of bits and of the first text token, and the graphs
+    by file name (the float twin too).
 
     steps: what became of --step-bits, None without it;  graphs: none once they are written.
     """
@@ -48,6 +49,7 @@ class Quantized:
     graphs: Mapping[str, ir.Model]
     steps: Steps | None = None
     reconstruction: Reconstruction | None = None
+    first_tokens: FirstTokens = field(default_factory=FirstTokens)
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -85,6 +87,9 @@ def quantize(
     """
     policy = policy_of(options)
     check_patterns(network.sites, policy)
+    with progress.stage("first token"):
+        tokens = find_first_tokens(network, calib, options, policy)
+    network = tokens.without(network)
     with progress.stage("smoothing") as tick:
         smoothing = find_smoothing(network, calib, options, policy, scratch, tick)
     with progress.stage("split shortcuts") as tick:
@@ -94,11 +99,11 @@ def quantize(
     with progress.stage("ranges") as tick:
         seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
     with progress.stage("sensitivity"):
-        bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch)
+        bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch, kept=tokens.exceptions)
     models = [splitting.apply(each.fold(network.model)) for each in alternatives]
     for number, model in enumerate((smoothed, *models)):
         spill(model, scratch / f"form-{number}.data")
-    drafts = _drafts(network, models, seen, policy, bits.exceptions)
+    drafts = _drafts(network, models, seen, policy, {**tokens.exceptions, **bits.exceptions})
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
@@ -128,7 +133,7 @@ def quantize(
         graphs = _graphs(network.model, draft.master(), draft.plan)
         for suffix, narrow in steps.drafts.items() if steps else ():
             graphs |= _siblings(narrow.master(), narrow.plan, suffix)
-        return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found)
+        return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found, tokens)
 
 
 def _drafts(
