@@ -87,15 +87,20 @@ def on_disk(model: ir.Model, folder: Path) -> Iterator[Path]:
             spill(copy, path.with_suffix(".data"))
             stream.write(ir.to_proto(copy).SerializeToString())
             del copy
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if _lies_in(tensor, folder):
-                place = _Place(tensor.location, tensor.offset)
-                value.const_value = _external(tensor, place, value.name, folder=folder)
+        unmap(model)
         yield path
     finally:
         for file in (path, path.with_suffix(".data")):
             file.unlink(missing_ok=True)
+
+
+def unmap(model: ir.Model) -> None:
+    """Let go of what a graph has mapped of files: whoever reads it next maps it anew."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            place = _Place(tensor.location, tensor.offset)
+            value.const_value = _external(tensor, place, value.name, folder=tensor.base_dir)
 
 
 def _lies_in(tensor: ir.TensorProtocol, folder: Path) -> bool:

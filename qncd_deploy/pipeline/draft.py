@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
+from qncd_deploy.export.save import unmap
 from qncd_deploy.quant.plan import LayerPlan, LayerSite, QuantPlan
 
 
@@ -31,4 +32,5 @@ class Draft:
         """The same graph with the Q/DQ pairs of the plan."""
         master = self.model.clone()
         InsertQDQ(self.plan)(master)
+        unmap(self.model)
         return master
