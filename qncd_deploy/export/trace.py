@@ -139,7 +139,7 @@ def _name_batch(graph: ir.Graph) -> None:
 
 def _without_module(model: ir.Model) -> ir.Model:
     """The same graph, which no longer holds the traced module: torch leaves its own nodes, and with them the program
-    and its weights, in what nodes and values carry along; and onnx-ir's containers keep values that have left the graph.
+    and its weights, in what nodes and values carry along; onnx-ir's containers keep values that have left the graph.
     """
     copy = model.clone()
     for node in copy.graph:
