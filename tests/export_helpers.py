@@ -124,7 +124,8 @@ def feeds_for(specs: list[TensorSpec], batch: int, seed: int = 0) -> Arrays:
 def run_torch(module: torch.nn.Module, feeds: Arrays) -> np.ndarray:
     with torch.no_grad():
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        return module(**tensors, return_dict=False)[0].numpy()
+        found = module(**tensors)
+        return (found if isinstance(found, torch.Tensor) else found[0]).numpy()
 
 
 def run(model: ir.Model, feeds: Arrays, *, fused: Path | None = None) -> Arrays:

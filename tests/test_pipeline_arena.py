@@ -110,7 +110,7 @@ def fitted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 
 def test_a_fit_reports_everything_that_competed(fitted: Fitted) -> None:
-    assert (fitted.objective, fitted.pictures, fitted.confidence) == ("shift", 8, 0.95)
+    assert (fitted.objective, fitted.pictures, fitted.confidence) == ("shift", 4, 0.95)
     assert {"off", "ptqd", "d2dpm"} <= fitted.screened.keys()
     assert fitted.figures.keys() <= fitted.screened.keys() == fitted.latent_snr_db.keys()
     assert fitted.confirmed.keys() == ({"off", fitted.best} if fitted.best else set())
