@@ -82,7 +82,8 @@ def float_bundle(folder: Path, source: Path, prompts: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_pictures_of_prompts_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
     pipe = TWINS[name]()
     pipe.save_pretrained(tmp_path / name)
