@@ -58,6 +58,7 @@ def test_every_residual_block_is_found(kind):
         norm = resnets[name].norm2
         np.testing.assert_array_equal(block.gamma, norm.weight.detach().numpy())
         np.testing.assert_array_equal(block.beta, norm.bias.detach().numpy())
+        assert block.gamma.flags.owndata and block.beta.flags.owndata  # views would keep the checkpoint in memory
         assert (block.groups, block.kind) == (norm.num_groups, kind)
         assert block.epsilon == pytest.approx(norm.eps)
         assert block.emb == (projections[f"{name}.time_emb_proj.weight"],) and block.scale_first

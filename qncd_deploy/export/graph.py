@@ -196,6 +196,11 @@ def row_values(value: ir.Value) -> int:
     return 0 if value.shape is None else math.prod(size for size in value.shape[1:] if isinstance(size, int))
 
 
+def backward_bytes(nodes: Iterable[ir.Node]) -> int:
+    """What a backward pass through them holds per row: each tensor, its gradient, and what an op keeps for it."""
+    return 3 * 4 * sum(row_values(output) for node in nodes for output in node.outputs)
+
+
 def row_macs(shape: Sequence[int], out_axis: int, output: ir.Value) -> int:
     """Multiplications per row of a weighted op: every output element takes one per weight of its channel."""
     return row_values(output) * math.prod(shape) // shape[out_axis]

@@ -24,7 +24,7 @@ def silu_input(u: ir.Value) -> ir.Value | None:
 
 
 def group_norm(y: ir.Value) -> tuple[ir.Value, np.ndarray, np.ndarray, int, float] | None:
-    """(x, gamma, beta, groups, epsilon) of y = GroupNorm(x)."""
+    """(x, gamma, beta, groups, epsilon) of y = GroupNorm(x); arrays of their own, as views would keep a checkpoint."""
     for scaled, beta in operands(y, "Add"):
         for normed, gamma in operands(scaled, "Mul"):
             found = _normalization(normed)
@@ -33,7 +33,7 @@ def group_norm(y: ir.Value) -> tuple[ir.Value, np.ndarray, np.ndarray, int, floa
             x, groups, epsilon = found
             channels = x.shape[1] if x.shape is not None and len(x.shape) == 4 else 0
             if constant(gamma).size == constant(beta).size == channels:
-                return x, constant(gamma).reshape(-1), constant(beta).reshape(-1), groups, epsilon
+                return x, constant(gamma).flatten(), constant(beta).flatten(), groups, epsilon
     return None
 
 

@@ -142,11 +142,15 @@ def _without_module(model: ir.Model) -> ir.Model:
     and its weights, in what nodes and values carry along; onnx-ir's containers keep values that have left the graph.
     """
     copy = model.clone()
-    for node in copy.graph:
-        node.meta.pop("node", None)
-    for value in copy.graph.initializers.values():
-        value.meta.pop("node", None)
+    graph = copy.graph
+    results = (output for node in graph for output in node.outputs)
+    for held in (copy, graph, *graph, *results, *graph.inputs, *graph.initializers.values()):
+        for key in [key for key, kept in held.meta.items() if isinstance(kept, _OF_TORCH)]:
+            del held.meta[key]
     return copy
+
+
+_OF_TORCH = (torch.fx.Node, torch.fx.GraphModule, torch.export.ExportedProgram)
 
 
 def _strip_prefix(graph: ir.Graph, prefix: str) -> None:

@@ -95,14 +95,14 @@ def quantize(
     with progress.stage("split shortcuts") as tick:
         splitting = find_splitting(network, calib, options, policy, scratch, tick)
     alternatives = smoothing.alternatives() if options.gate else (smoothing,)
-    plain, smoothed = splitting.apply(network.model), splitting.apply(smoothing.divide(network.model))
+    plain = _on_file(splitting.apply(network.model), scratch / "plain.data")
+    smoothed = _on_file(splitting.apply(smoothing.divide(network.model)), scratch / "smoothed.data")
     with progress.stage("ranges") as tick:
         seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
     with progress.stage("sensitivity"):
         bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch, kept=tokens.exceptions)
-    models = [splitting.apply(each.fold(network.model)) for each in alternatives]
-    for number, model in enumerate((smoothed, *models)):
-        spill(model, scratch / f"form-{number}.data")
+    forms = (splitting.apply(each.fold(network.model)) for each in alternatives)
+    models = [_on_file(form, scratch / f"form-{number}.data") for number, form in enumerate(forms)]
     drafts = _drafts(network, models, seen, policy, {**tokens.exceptions, **bits.exceptions})
     chosen = 0
     if len(alternatives) > 1:
@@ -134,6 +134,12 @@ def quantize(
         for suffix, narrow in steps.drafts.items() if steps else ():
             graphs |= _siblings(narrow.master(), narrow.plan, suffix)
         return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found, tokens)
+
+
+def _on_file(model: ir.Model, data: Path) -> ir.Model:
+    """The graph with its weights in a file, where those of the float network that it took over are already."""
+    spill(model, data)
+    return model
 
 
 def _drafts(

@@ -14,7 +14,7 @@ from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import open_engine
 from qncd_deploy.engines.torch_ref import TorchEngine
-from qncd_deploy.export.graph import row_macs, row_values
+from qncd_deploy.export.graph import backward_bytes, row_macs
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.save import on_disk
 from qncd_deploy.pipeline.calibrate import in_batches
@@ -34,8 +34,6 @@ so that the sum of all predictions comes out low: 0.6 of what was measured on 64
 BATCH = 8
 MEMORY_BYTES = 4 << 30
 """What a backward pass may hold; a network that needs more for a single row is not measured."""
-
-_HELD_PER_VALUE = 3 * 4  # bytes: each tensor, its gradient, and what an op keeps for its backward pass
 
 
 def edge_costs(
@@ -139,7 +137,7 @@ def _probed(model: ir.Model, network: FloatNetwork, calib: CalibSet, scratch: Pa
 
 def _batch_size(model: ir.Model, network: FloatNetwork) -> int:
     """Rows that a backward pass can take; 0 where a single one needs too much memory."""
-    row_bytes = _HELD_PER_VALUE * sum(row_values(out) for node in model.graph for out in node.outputs)
+    row_bytes = backward_bytes(model.graph)
     fixed = network.facts.inputs[0].shape[0]
     size = fixed if isinstance(fixed, int) else min(BATCH, MEMORY_BYTES // max(row_bytes, 1))
     return 0 if size * row_bytes > 2 * MEMORY_BYTES else size

@@ -21,7 +21,7 @@ import torch
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.errors import CalibrationError
 from qncd_deploy.export.blocks import Block, find_blocks
-from qncd_deploy.export.graph import Flow, Inputs, row_macs, row_values
+from qncd_deploy.export.graph import Flow, Inputs, backward_bytes, row_macs, row_values
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.files import load_npz, make_folder, save_npz
 from qncd_deploy.quant.grid import dequantize
@@ -40,8 +40,6 @@ MEMORY_BYTES = 3 << 30
 
 HELD_OUT = 8
 """One row in so many only tells whether learning helped."""
-
-_HELD_PER_VALUE = 3 * 4  # bytes: each tensor, its gradient, and what an op keeps for its backward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,8 +263,7 @@ class _Walk:
         return ended
 
     def _largest_batch(self) -> int:
-        row = max(sum(row_values(out) for node in block.nodes for out in node.outputs) for block in self.blocks)
-        return max(1, MEMORY_BYTES // (_HELD_PER_VALUE * row))
+        return max(1, MEMORY_BYTES // max(backward_bytes(block.nodes) for block in self.blocks))
 
     def _choose(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """As many rows as the disk may hold, evenly spread, whole batches of them."""
