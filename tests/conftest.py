@@ -1,11 +1,23 @@
-"""What the tests of the command line and the pipeline share: tiny networks, exported once a session."""
+"""What the tests of the command line and the pipeline share: tiny networks, exported once by every worker."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from cli_helpers import SMALL, Export
+
+
+def pytest_configure() -> None:
+    """Every worker has cores of its own: libraries start a thread for each that they see, and threads that wait for
+    another worker's are many times slower than fewer threads.
+    """
+    workers, worker = (os.environ.get(f"PYTEST_XDIST_{name}") for name in ("WORKER_COUNT", "WORKER"))
+    if workers is None or worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: int(workers)])
 
 
 @pytest.fixture(scope="session")
