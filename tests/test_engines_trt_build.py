@@ -72,6 +72,7 @@ def test_the_same_build_gives_the_same_bytes_and_another_target_others(
 def test_several_batch_sizes_are_profiles_of_one_engine(library: Library, graph: Path) -> None:
     table = build(library, graph, BuildOptions((shapes(1), shapes(2), shapes(4)), ("sm89",))).table
     assert table.planned == 2 and table.missed == ()
+    assert table == build(library, graph, BuildOptions((shapes(1),), ("sm89",))).table  # each kernel counts once
 
 
 def test_progress_rises_to_its_end(library: Library, graph: Path) -> None:

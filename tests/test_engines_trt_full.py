@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -101,10 +102,57 @@ def test_layers_of_the_compiled_regions_of_newer_versions() -> None:
     assert (layer.op, layer.operands, layer.nodes >= {"linear/MatMul", "w_dq"}) == ("MatMul", ("i8", "i8"), True)
 
 
+def test_a_convolution_that_adds_a_second_input_multiplies_its_weights() -> None:
+    """The shortcut of a residual block, in float16; what a matrix product of two inputs has is its factors."""
+    half = {"Name": "shortcut", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}
+    fused = {**CONVOLUTION, "Name": "conv + add", "Inputs": [*CONVOLUTION["Inputs"], half]}
+    table = built(FakeTensorRT("10.3.0", layers=[fused])).table
+    assert table.missed == () and table.integer_kernels == 1
+
+    def operands(*constants: str) -> tuple[str, str]:
+        tensors = [{"Datatype": kind} for kind in constants]
+        layer = {"Name": "qk_myl0_1", "LayerType": "gemm", "Inputs": [{"Datatype": "Int8"}, {"Datatype": "Half"}]}
+        return layers_from_inspector(json.dumps({"Layers": [{**layer, "Constants": tensors}]}))[0].operands
+
+    assert operands("Float", "Float") == operands() == ("i8", "f16")
+    assert operands("Int8", "Float") == ("i8", "i8")
+
+
+def test_version_11_writes_other_keys() -> None:
+    tensor = {"Name": "x_q", "DataType": "Int8", "Format": "Thirty-two wide channel vectorized row major format"}
+    told = {**CONVOLUTION, "Inputs": [tensor], "Outputs": [{**tensor, "DataType": "Half"}]}
+    assert built(FakeTensorRT("11.4.0.106", layers=[told])).table == built(FakeTensorRT("10.3.0")).table
+
+
+def test_each_profiles_kernels_count_once() -> None:
+    """Names of layers, or of their tensors, say which profile; within a compiled region some say nothing."""
+    conv = {**CONVOLUTION, "Name": "conv [profile 1]"}
+    inner = {"Name": "__myl_Move_myl0_0", "LayerType": "kgen", "Inputs": [{"Name": "a", "Datatype": "Half"}]}
+    outer = {"Name": "__myl_Cast_myl1_0", "LayerType": "kgen", "Inputs": [{"Name": "x [profile 1]", "Datatype": "Half"}]}
+    first, second = [CONVOLUTION, inner], [conv, outer, {**inner, "Name": "__myl_Move_myl1_1"}]
+    table = built(FakeTensorRT("10.3.0", layers=first)).table
+    assert built(FakeTensorRT("10.3.0", layers=[*first, *second])).table == table and len(table.kernels) == 2
+    half = {**conv, "Inputs": CONVOLUTION["Outputs"], "Weights": {"Type": "Half"}}
+    assert built(FakeTensorRT("10.3.0", layers=[CONVOLUTION, half])).table.missed == ("w (f16 x f16 and i8 x i8)",)
+
+
+@pytest.mark.parametrize("layers", [["conv + relu"], [CONVOLUTION, "copy"], [{"Name": 3}], []])
+def test_an_engine_whose_kernels_cannot_be_read_is_built_all_the_same(
+    layers: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        engine = built(FakeTensorRT("11.4.0.106", layers=layers))
+    assert engine.plan == b"plan" and not engine.table.known and engine.table.missed == ()
+    assert engine.table.line() == "1 layers planned quantized, kernels not known"
+    assert ("its kernels are not known: engine: " in caplog.text) == bool(layers)
+    unnamed = {key: value for key, value in CONVOLUTION.items() if key != "LayerType"}
+    assert built(FakeTensorRT("11.4.0.106", layers=[unnamed])).table.known
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"Layers": ["conv + relu"]}', "tells nothing but its layers' names"),
+        ('{"Layers": ["conv + relu"]}', "tells nothing but layers' names"),
         ("{}", "cannot be read"),
         ("Layers:", "cannot be read"),
         ('{"Layers": [{"Name": 3}]}', "cannot be read"),

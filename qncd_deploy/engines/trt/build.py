@@ -279,9 +279,13 @@ def _inspected(library: Library, plan: bytes, options: BuildOptions) -> tuple[La
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BuildFailed(f"{library.flavour}: cannot load the engine that it built ({_first_error(lines)}).")
-    return layers_from_inspector(
-        engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    )
+    try:
+        return layers_from_inspector(
+            engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        )
+    except EngineError as exc:  # the engine is worth more than a report on it
+        log.info("its kernels are not known: %s", exc)
+        return ()
 
 
 def _failure(lines: Sequence[LogLine], path: Path, *, limited: bool) -> Exception:

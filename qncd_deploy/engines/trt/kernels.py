@@ -59,7 +59,8 @@ class Demands:
 @dataclass(frozen=True)
 class Layer:
     """One kernel of an engine as its library tells it. kind: such as "correlation" (a convolution), "gemm", "kgen" (a
-    generated kernel);  data, weights: types of its inputs and of its constants;  nodes: the ONNX nodes it stands for.
+    generated kernel);  data, weights: types of its inputs and of its constants;  nodes: the ONNX nodes it stands for;
+    profile: the optimization profile that its name or its tensors' tell, None where they tell none, as in the first.
     """
 
     name: str
@@ -68,6 +69,13 @@ class Layer:
     data: tuple[str, ...]
     weights: tuple[str, ...]
     nodes: frozenset[str]
+    profile: int | None = None
+
+    @property
+    def region(self) -> str | None:
+        """The compiled region that it is part of, None outside of any."""
+        found = _REGION.search(self.name)
+        return None if found is None else found[1]
 
     @property
     def op(self) -> str:
@@ -86,9 +94,15 @@ class Layer:
 
     @property
     def operands(self) -> tuple[str, str]:
-        """Types of the two that it multiplies; "" where it does not tell."""
+        """Types of the two that it multiplies; "" where it does not tell.
+
+        A second input is what a convolution adds to its result, where constants are there to multiply with. A matrix
+        product may multiply two inputs and have its factors alpha and beta for constants, which are never quantized.
+        """
         first, second, *_ = (*self.data, *self.weights, "", "")
-        return first, self.weights[0] if self.weights and len(self.data) == 1 else second
+        if self.weights and (len(self.data) == 1 or self.op == "Convolution" or self.weights[0] in QUANTIZED):
+            second = self.weights[0]
+        return first, second
 
     @property
     def precision(self) -> str:
@@ -96,6 +110,7 @@ class Layer:
         return self.operands[0]
 
 
+_REGION = re.compile(r"_myl(\d+)(?:_\d+)?$")
 _FUSED_PRODUCT = re.compile(r"__myl_\w*Fc")  # TensorRT's names of kernels made of several operations: ...FcAddSilu
 
 
@@ -106,7 +121,8 @@ class KernelTable:
     planned: products with quantized weights;  missed: those that no kernel takes as they are stored, each with what it
     runs in;  weight_only: how many of the planned multiply floats;  packed: in how many of these the kernel that
     multiplies takes the weights as they are stored;  float_products: kernels that multiply float32;  attentions, fused:
-    softmaxes, and how many of them lie in one kernel with their products.
+    softmaxes, and how many of them lie in one kernel with their products;  known: whether the library told its kernels
+    in a form that can be read. Of several optimization profiles, kernels and float_products are the first one's.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -117,6 +133,7 @@ class KernelTable:
     fused: int = 0
     weight_only: int = 0
     packed: int = 0
+    known: bool = True
 
     @property
     def integer_kernels(self) -> int:
@@ -125,6 +142,8 @@ class KernelTable:
 
     def line(self) -> str:
         """The table in one line."""
+        if not self.known:
+            return f"{self.planned} layers planned quantized, kernels not known"
         done = f"{self.planned - len(self.missed)} of {self.planned} planned layers"
         parts = [f"{done} run quantized"] * (self.planned > self.weight_only)
         if self.weight_only:
@@ -187,6 +206,7 @@ def layers_from_log(lines: Iterable[LogLine]) -> tuple[Layer, ...]:
             data=_types(match["data"]),
             weights=_types(match["weights"]),
             nodes=frozenset(_NODE.findall(match["metadata"])),
+            profile=_profile(match[0]),
         )
         for match in _LAYER.finditer(text)
     )
@@ -198,34 +218,40 @@ _LAYER = re.compile(
     re.MULTILINE,
 )
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
 
 
 def layers_from_inspector(text: str) -> tuple[Layer, ...]:
-    """The layers in an engine inspector's JSON of the whole engine.
+    """The layers in an engine inspector's JSON of the whole engine. Its keys are compared without their case: what
+    TensorRT 10 calls "Datatype" is "DataType" in 11.
 
     Raises: EngineError if it is not that, or names the layers alone, as engines of less than detailed verbosity do.
     """
     try:
-        entries = json.loads(text)["Layers"]
+        entries = json.loads(text, object_pairs_hook=_lower)["layers"]
         if any(isinstance(entry, str) for entry in entries):
-            raise EngineError("engine: tells nothing but its layers' names. Build it again with `qncd build`.")
+            raise EngineError("engine: tells nothing but layers' names.")
         return tuple(_inspected(entry) for entry in entries)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise EngineError(f"engine: the inspector's answer cannot be read ({exc}).") from exc
 
 
 def kernel_table(demands: Demands, layers: Sequence[Layer]) -> KernelTable:
-    """Hold what runs against what was asked for."""
+    """Hold what runs against what was asked for. layers: of all optimization profiles; () if they are not known."""
+    planned = sum(product.planned for product in demands.products)
+    if not layers:
+        return KernelTable(planned=planned, attentions=len(demands.attentions), known=False)
     working = [layer for layer in layers if layer.kind not in _IDLE]
-    counts = Counter((layer.op, layer.precision, _implementation(layer)) for layer in working)
+    counted = _of_first_profile(working)
+    counts = Counter((layer.op, layer.precision, _implementation(layer)) for layer in counted)
     products = {product.node for product in demands.products}
     weight_only = [product for product in demands.products if product.weight_only]
     return KernelTable(
         kernels=tuple(Kernel(*key, count=count) for key, count in sorted(counts.items())),
-        planned=sum(product.planned for product in demands.products),
+        planned=planned,
         missed=tuple(_missed(demands, working)),
         float_products=tuple(
-            layer.name for layer in working if layer.multiplies and set(layer.operands) - {""} == {"f32"}
+            layer.name for layer in counted if layer.multiplies and set(layer.operands) - {""} == {"f32"}
         ),
         attentions=len(demands.attentions),
         fused=sum(
@@ -241,6 +267,14 @@ def kernel_table(demands: Demands, layers: Sequence[Layer]) -> KernelTable:
 
 
 _IDLE = ("signal", "wait")  # between streams: nothing is computed
+
+
+def _of_first_profile(layers: Sequence[Layer]) -> list[Layer]:
+    """Every profile has kernels of its own. A compiled region's belong to one, though not each of them tells which:
+    tensors within a region have names of its own.
+    """
+    others = {layer.region for layer in layers if layer.profile} - {None}
+    return [layer for layer in layers if not layer.profile and layer.region not in others]
 
 
 def _missed(demands: Demands, layers: Sequence[Layer]) -> Iterator[str]:
@@ -268,22 +302,32 @@ def _implementation(layer: Layer) -> str:
     return layer.kind if not tactic or tactic.startswith("__my") else tactic
 
 
+def _lower(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name.lower(): value for name, value in pairs}
+
+
 def _inspected(entry: Mapping[str, Any]) -> Layer:
     def types(tensors: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-        return tuple(_short(tensor.get("Datatype") or tensor.get("Format/Datatype", "")) for tensor in tensors)
+        return tuple(_short(tensor.get("datatype") or tensor.get("format/datatype", "")) for tensor in tensors)
 
-    weights = types(entry.get("Constants", ()))
-    if not weights and "Weights" in entry:  # of layers outside of its compiled regions
-        weights = (_short(entry["Weights"].get("Type", "")),)
-    nodes = {*_NODE.findall(entry.get("Metadata", "")), *re.split(r"\s*\+\s*", entry["Name"])}
+    weights = types(entry.get("constants", ()))
+    if not weights and "weights" in entry:  # of layers outside of its compiled regions
+        weights = (_short(entry["weights"].get("type", "")),)
+    nodes = {*_NODE.findall(entry.get("metadata", "")), *re.split(r"\s*\+\s*", entry["name"])}
     return Layer(
-        name=entry["Name"],
-        kind=entry["LayerType"],
-        tactic=entry.get("TacticName", ""),
-        data=types(entry.get("Inputs", ())),
+        name=entry["name"],
+        kind=entry.get("layertype", "other"),
+        tactic=entry.get("tacticname", ""),
+        data=types(entry.get("inputs", ())),
         weights=weights,
         nodes=frozenset(nodes),
+        profile=_profile(json.dumps(entry)),
     )
+
+
+def _profile(told: str) -> int | None:
+    found = _PROFILE.search(told)
+    return None if found is None else int(found[1])
 
 
 def _types(tensors: str) -> tuple[str, ...]:
