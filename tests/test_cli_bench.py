@@ -94,6 +94,42 @@ def test_the_table_says_what_speedups_are_over(quantized: Path, fp16: Path) -> N
     assert refused.code == 1 and "computes its float layers in f32, bf16 only, f16 was asked for" in refused.line
 
 
+def test_only_what_this_cpu_computes_is_measured_unless_it_is_asked_for(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pytest.importorskip("qncd_deploy.engines.openvino").OpenVINOEngine
+    monkeypatch.setattr(engine, "computes", classmethod(lambda cls, remainder: remainder == "f32"))
+    done = qncd("bench", quantized, *QUICK)
+    assert done.code == 0, done.err
+    engines = ["openvino float", "openvino w8a8, f32 rest", "onnxruntime float", "onnxruntime w8a8"]
+    assert list(rows(done.out)) == engines
+    for backends in ((), ("--backend", "openvino")):
+        refused = qncd("bench", quantized, *backends, "--remainder", "bf16", *QUICK)
+        assert refused.code == 1 and "this CPU has no bfloat16 arithmetic" in refused.line
+
+
+def test_a_remainder_alone_is_measured_on_the_engines_that_have_it(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[list[str]] = []
+    monkeypatch.setattr("qncd_deploy.cli.bench.bench", lambda _bundle, variants, *_a, **_k: measured.append(variants))
+    monkeypatch.setattr("qncd_deploy.cli.bench._installed", lambda: ("openvino", "onnxruntime"))
+
+    def names(*args: object) -> list[str]:
+        with pytest.raises(AttributeError):  # at what bench returned
+            qncd("bench", quantized, *args)
+        return [variant.name for variant in measured.pop()]
+
+    assert names("--remainder", "bf16") == ["openvino float", "openvino w8a8, bf16 rest"]
+    assert names("--remainder", "bf16", "--remainder", "f32") == [
+        *("openvino float", "openvino w8a8, bf16 rest", "openvino w8a8, f32 rest"),
+        *("onnxruntime float", "onnxruntime w8a8"),
+    ]
+    refused = qncd("bench", quantized, "--remainder", "f16")
+    assert refused.code == 1 and "--remainder f16: openvino, onnxruntime have no such precision" in refused.line
+    assert "--backend (tensorrt, " in refused.line and not measured
+
+
 def test_a_baseline_of_another_network_is_refused_in_one_line(quantized: Path, tmp_path: Path) -> None:
     other = write_fp16(tmp_path / "other-fp16", inputs={"model.ckpt": "cd"})
     done = qncd("bench", quantized, "--baseline", other, "--backend", "onnxruntime", *QUICK)

@@ -124,29 +124,28 @@ def test_another_schedule_is_refused_with_the_difference_and_the_command(tmp_pat
     fitted = key_of()
     save_tables(path, [CorrectionTable("qncd", fitted, identity_table(fitted).fixes)], auto={})
     tables = load_tables(path)
-    command = (
-        "qncd fit " + str(path.parent) + " --backend {} --scheduler {} --n-steps {} --guidance-scale {} --remainder {}"
-    )
+    command = f"qncd fit {path.parent} --backend {{}} --scheduler {{}} --n-steps {{}}{{}}"
+    command += " --guidance-scale {} --remainder {}"
     cases = [
         (
             key_of(n_steps=50),
             "correction 'qncd' was fitted for n_steps 20 (t = 951 .. 1), asked for n_steps 50 (t = 981 .. 1)",
-            command.format("openvino", "ddim", 50, "1.5", "f32"),
+            command.format("openvino", "ddim", 50, " --eta 0", "1.5", "f32"),
         ),
         (
             key_of(guidance_scale=3.0),
             "fitted for guidance scale 1.5, asked for guidance scale 3.0",
-            command.format("openvino", "ddim", 20, "3", "f32"),
+            command.format("openvino", "ddim", 20, " --eta 0", "3", "f32"),
         ),
         (
             key_of(backend="tensorrt-f16"),
             "fitted for backend openvino-f32, asked for backend tensorrt-f16",
-            command.format("tensorrt", "ddim", 20, "1.5", "f16"),
+            command.format("tensorrt", "ddim", 20, " --eta 0", "1.5", "f16"),
         ),
         (
             key_of("plms"),
             "fitted for scheduler ddim, n_steps 20 (t = 951 .. 1), asked for scheduler plms, n_steps 20 (t = 951 .. 1)",
-            command.format("openvino", "plms", 20, "1.5", "f32"),
+            command.format("openvino", "plms", 20, "", "1.5", "f32"),
         ),
         (
             key_of(eta=0.5),

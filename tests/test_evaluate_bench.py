@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,15 @@ from test_runtime import FACTS, write_bundle  # noqa: E402
 from test_sampler import Gaussian  # noqa: E402
 
 from qncd_deploy.bundle import read_manifest, write_manifest  # noqa: E402
+from qncd_deploy.correct.record import CorrectionTable, StepFix, save_tables  # noqa: E402
 from qncd_deploy.errors import EngineError, QncdError, UsageError  # noqa: E402
-from qncd_deploy.evaluate.bench import bench  # noqa: E402
+from qncd_deploy.evaluate.bench import _Entrant, _Turn, bench  # noqa: E402
 from qncd_deploy.evaluate.bench_result import bench_table  # noqa: E402
 from qncd_deploy.evaluate.compare import Draw, Variant  # noqa: E402
 from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, resident_bytes  # noqa: E402
 from qncd_deploy.files import canonical_json  # noqa: E402
-from qncd_deploy.runtime import Bundle  # noqa: E402
+from qncd_deploy.runtime import Bundle, Sampling  # noqa: E402
+from qncd_deploy.stepping import Stepping, StepRange, save_stepping  # noqa: E402
 
 HEAD = '<ir_version: 9, opset_import: ["" : 18]> '
 
@@ -147,6 +150,84 @@ def test_calls_that_take_longer_now_and_then(bundle: Bundle, monkeypatch: pytest
     (loop,) = row.picture_ms.samples
     assert row.pictures_per_second.samples == pytest.approx((1e3 / loop,))
     assert row.host_ms.median == pytest.approx(row.host.median * 2 * loop / 4)  # 2 pictures, 4 calls
+
+
+def one_row_at_a_time(folder: Path) -> Path:
+    """The graphs of a bundle as one exported them who did not know of dynamic axes."""
+    for name in ("unet-ort.onnx", "unet-float.onnx"):
+        model = onnx.load(folder / name)
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+        onnx.save(model, folder / name)
+    inputs = tuple(replace(spec, shape=(1, *spec.shape[1:])) for spec in FACTS.inputs)
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, model=replace(manifest.model, inputs=inputs)))
+    return folder
+
+
+def test_a_graph_of_one_row_takes_several_calls_of_the_engine_for_one_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qncd_deploy.engines.ort import OrtEngine
+
+    run = OrtEngine._run
+
+    def slow(self: OrtEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(0.005 if "t" in feeds else 0)
+        return run(self, feeds)
+
+    monkeypatch.setattr(OrtEngine, "_run", slow)
+    fixed = Bundle.open(one_row_at_a_time(write_bundle(tmp_path / "net-w8a8")))
+    found = bench(fixed, [Variant("w8a8", "onnxruntime")], Draw(2, batch_size=2, threads=1), rounds=1)
+    for row in found.rows:
+        assert row.extra_calls == 0
+        # two pictures with guidance are four rows
+        assert 4 * 5 <= row.call_ms.median <= 2 * row.picture_ms.median / 4 * 1.5
+        assert row.host_ms.median == pytest.approx(row.host.median * 2 * row.picture_ms.median / 4)
+
+
+def test_calls_of_the_corrections_own_are_counted(bundle: Bundle, tmp_path: Path) -> None:
+    key = bundle.key(Sampling(), "onnxruntime-f32")
+    table = CorrectionTable("qncd", key, (StepFix(refresh=True), StepFix(refresh=True), StepFix(), StepFix()))
+    save_tables(tmp_path / "c.npz", [table], auto={})
+    variant = Variant("w8a8", "onnxruntime", correction="qncd", tables=(tmp_path / "c.npz",))
+    found = bench(bundle, [variant], Draw(2, batch_size=2, threads=1), rounds=1)
+    assert [row.extra_calls for row in found.rows] == [0, 2]
+    row = found["w8a8"]
+    assert row.host_ms.median == pytest.approx(row.host.median * 2 * row.picture_ms.median / 6)
+
+
+def test_of_networks_that_take_turns_all_are_warm_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qncd_deploy.engines.ort import OrtEngine
+
+    folder = write_bundle(tmp_path / "net-w8a8")
+    others = {"ort": "unet-ort.onnx", "master": "unet.onnx", "plan": "plan.json"}
+    narrow = {f"{role}-a4": f"a4-{name}" for role, name in others.items()}
+    for role, name in others.items():
+        shutil.copyfile(folder / name, folder / narrow[f"{role}-a4"])
+    # four steps are at 751, 501, 251 and 1: the wider network has the last alone
+    save_stepping(folder / "stepping.json", Stepping((StepRange(100.0, 4), StepRange(0.0, 8))))
+    manifest = read_manifest(folder)
+    roles = {**manifest.roles, **narrow, "stepping": "stepping.json"}
+    write_manifest(folder, replace(manifest, roles=roles))
+
+    called: list[str] = []
+    run, turn = OrtEngine._run, _Entrant.turn
+
+    def noted(self: OrtEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        called.append(self.path.name)
+        return run(self, feeds)
+
+    def timed(self: _Entrant, draw: Draw) -> _Turn:
+        called.append("timed")
+        return turn(self, draw)
+
+    monkeypatch.setattr(OrtEngine, "_run", noted)
+    monkeypatch.setattr(_Entrant, "turn", timed)
+    bench(Bundle.open(folder), [Variant("stepped", "onnxruntime")], Draw(1, batch_size=1, threads=1), rounds=1)
+    assert {"a4-unet-ort.onnx", "unet-ort.onnx"} <= {*called[: called.index("timed")]}
 
 
 def test_another_bundle_is_sampled_as_the_one_that_is_measured(bundle: Bundle, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def test_every_method_is_of_a_kind_and_a_part_of_one_is_made_of_it() -> None:
     assert kind_of("ptqd@late") == kind_of("ibc-map") == "combined"
 
 
-def test_half_of_nearly_nothing_is_one() -> None:
-    assert [half_of(count) for count in (1, 2, 3, 64)] == [1, 1, 1, 32]
+def test_half_of_nearly_nothing_is_two() -> None:
+    assert [half_of(count) for count in (1, 2, 3, 4, 5, 64)] == [1, 2, 2, 2, 2, 32]
     assert CONTEST.half == 4
 
 

@@ -278,6 +278,12 @@ def test_npz_refuses_objects_and_damage(tmp_path: Path) -> None:
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(BundleError, match=r"a\.npz: not a readable npz"):
             load_npz(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "a.npz", x=np.arange(1000))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[60] ^= 0xFF  # of the deflated data: zlib says so before the archive's own checksum does
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(BundleError, match=r"a\.npz: not a readable npz of plain arrays \(Error -3 while decompressing"):
+        load_npz(tmp_path / "a.npz")
     np.save(tmp_path / "plain.npy", np.zeros(3))
     with pytest.raises(BundleError, match=r"plain\.npy: not a readable npz"):
         load_npz(tmp_path / "plain.npy")

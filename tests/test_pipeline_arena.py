@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,14 @@ def test_a_candidate_that_grows_beyond_all_numbers_is_the_worst(
 def fitted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     options = FitOptions("onnxruntime", methods=("ptqd", "d2dpm", "map"), size=4, threads=1)
     return fit(bundle, options, tmp_path_factory.mktemp("work"), lambda done, of: None)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_fit_of_hardly_any_pictures_still_has_a_distribution(bundle: Bundle, tmp_path: Path, size: int) -> None:
+    options = FitOptions("onnxruntime", methods=("qdrift",), size=size, threads=1)
+    found = fit(bundle, options, tmp_path, lambda done, of: None)
+    assert (found.objective, found.pictures, found.half) == ("shift", size, 2)
+    assert found.screened.keys() == {"off", "qdrift"} | found.figures.keys()
 
 
 def test_a_fit_reports_everything_that_competed(fitted: Fitted) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,9 @@ from engine_graphs import save_network  # noqa: E402
 from onnx import numpy_helper, parser  # noqa: E402
 
 from qncd_deploy.bundle import ConditionFacts, Manifest, ModelFacts, read_manifest, write_manifest  # noqa: E402
+from qncd_deploy.cli.sample import fit_command  # noqa: E402
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, save_tables  # noqa: E402
+from qncd_deploy.engines.base import make_engine_id  # noqa: E402
 from qncd_deploy.errors import BundleError, EngineError, ScheduleError, UsageError  # noqa: E402
 from qncd_deploy.pictures import Pictures  # noqa: E402
 from qncd_deploy.runtime import Bundle, Sampling  # noqa: E402
@@ -163,7 +166,7 @@ def test_auto_takes_what_was_chosen_for_exactly_this_key(tmp_path: Path, caplog:
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == (
         "no correction was fitted for this backend and schedule, so none is used. Fit one with "
-        f"`qncd fit {folder} --backend onnxruntime --scheduler ddim --n-steps 4 --guidance-scale 1.5 "
+        f"`qncd fit {folder} --backend onnxruntime --scheduler ddim --n-steps 4 --eta 0 --guidance-scale 1.5 "
         "--remainder f32`."
     )
     caplog.clear()
@@ -192,6 +195,26 @@ def test_auto_takes_what_was_chosen_for_exactly_this_key(tmp_path: Path, caplog:
     with Bundle.open(folder).sampler("onnxruntime", float_twin=True) as sampler:
         assert sampler.table.method == "off"
         np.testing.assert_array_equal(sampler.sample(3).latents, exact.latents)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (Sampling(eta=0.0), "--eta 0 "),  # the bundle's own is another
+        (Sampling(eta=1 / 3, guidance_scale=1.2345678901), "--eta 0.3333333333333333 --guidance-scale 1.2345678901 "),
+        (Sampling(scheduler="plms", n_steps=3, guidance_scale=3.0), "--n-steps 3 --guidance-scale 3 "),
+    ],
+)
+def test_the_fit_line_that_is_advised_fits_for_this_key(tmp_path: Path, asked: Sampling, words: str) -> None:
+    own = {"scheduler": "ddim", "n_steps": 4, "eta": 0.5}
+    bundle = Bundle.open(write_bundle(tmp_path / "my net", replace(FACTS, sampler=own)))
+    key = bundle.key(asked, "openvino-bf16")
+    line = key.fit_command(bundle.path)
+    assert words in line
+    given = fit_command.make_context("fit", shlex.split(line)[2:]).params
+    read = Sampling(**{name: given[name] for name in ("scheduler", "n_steps", "eta", "guidance_scale")})
+    again = Bundle.open(given["bundle"])
+    assert again.key(read, make_engine_id(given["backend"], given["remainder"])) == key
 
 
 def test_tables_beside_the_bundle_come_first(folder: Path, tmp_path: Path) -> None:

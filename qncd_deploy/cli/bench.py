@@ -21,8 +21,8 @@ from qncd_deploy.cli.options import (
     typed_command,
 )
 from qncd_deploy.cli.progress import Bars
-from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, make_engine_id
-from qncd_deploy.errors import BackendMissing, GateFailed
+from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, make_engine_id, usable_remainders
+from qncd_deploy.errors import BackendMissing, EngineError, GateFailed
 from qncd_deploy.evaluate.bench import bench
 from qncd_deploy.evaluate.bench_result import BenchResult, bench_table
 from qncd_deploy.evaluate.compare import Variant
@@ -47,7 +47,8 @@ JSON = "bench.json"
     "remainders",
     multiple=True,
     type=click.Choice(["f32", "bf16", "f16"]),
-    help="Measure these precisions of the float layers only. Repeatable.  [default: all that an engine has]",
+    help="Measure these precisions of the float layers only, and without --backend the engines that have one of them. "
+    "Repeatable.  [default: all that an engine has on this machine]",
 )
 @click.option(
     "--baseline",
@@ -96,9 +97,7 @@ def bench_command(
     def stored(of: Bundle, engine_id: str) -> tuple[Path, ...]:
         return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
 
-    variants = _variants(
-        opened, other, tuple(dict.fromkeys(backends or _installed())), tuple(dict.fromkeys(remainders)), stored
-    )
+    variants = _variants(opened, other, _engines(backends, remainders), stored)
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
     with Bars().stage("bench") as tick:
         result = bench(
@@ -127,6 +126,25 @@ def bench_command(
     _check_gates(result, variants, require_psnr, require_speedup)
 
 
+def _engines(backends: tuple[str, ...], remainders: tuple[Remainder, ...]) -> dict[str, tuple[Remainder, ...]]:
+    """What to measure: precisions by backend. What was named is measured or refused; what was not, as far as there is
+    anything of it here.
+    """
+    asked = tuple(dict.fromkeys(remainders))
+    if backends:
+        return {name: asked or usable_remainders(BACKENDS[name]) for name in backends}
+    if not asked:
+        return {name: usable_remainders(BACKENDS[name]) for name in _installed()}
+    found = {name: tuple(each for each in asked if each in BACKENDS[name].remainders) for name in _installed()}
+    if lost := set(asked).difference(*found.values()):
+        able = ", ".join(backend.name for backend in BACKENDS.values() if min(lost) in backend.remainders)
+        raise EngineError(
+            f"--remainder {min(lost)}: {', '.join(found)} have no such precision. Choose a backend that does with "
+            f"--backend ({able})."
+        )
+    return {name: able for name, able in found.items() if able}
+
+
 def _installed() -> tuple[str, ...]:
     on_cpu = [name for name, backend in BACKENDS.items() if backend.device == "cpu" and name != "torch"]
     found = tuple(s.name for s in available_backends() if s.missing is None and s.name in on_cpu)
@@ -138,25 +156,22 @@ def _installed() -> tuple[str, ...]:
 def _variants(
     bundle: Bundle,
     baseline: Bundle | None,
-    backends: tuple[str, ...],
-    remainders: tuple[Remainder, ...],
+    engines: dict[str, tuple[Remainder, ...]],
     stored: Callable[[Bundle, str], tuple[Path, ...]],
 ) -> list[Variant]:
     """For every engine its float twin, the baseline in the first precision asked for, and the bundle in all of them.
 
-    stored: compiled networks of a bundle for an engine.
+    engines: precisions by backend;  stored: compiled networks of a bundle for an engine.
     """
     found = []
-    for name in backends:
-        backend = BACKENDS[name]
-        asked = remainders or backend.remainders
+    for name, asked in engines.items():
         found.append(Variant(f"{name} float", name, float_twin=True))
         if baseline is not None:
             title, first = f"{name} baseline {baseline.manifest.format}", asked[0]
             blobs = stored(baseline, make_engine_id(name, first))
             found.append(Variant(title, name, correction="off", remainder=first, bundle=baseline, blobs=blobs))
         for remainder in asked:
-            rest = f", {remainder} rest" if len(backend.remainders) > 1 else ""
+            rest = f", {remainder} rest" if len(BACKENDS[name].remainders) > 1 else ""
             title, blobs = f"{name} {bundle.manifest.format}{rest}", stored(bundle, make_engine_id(name, remainder))
             found.append(Variant(title, name, correction="off", remainder=remainder, blobs=blobs))
     return found

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -176,12 +177,13 @@ class ScheduleKey:
         )
 
     def fit_command(self, bundle: Path | str) -> str:
-        """The command that fits a table for this key."""
+        """The command that fits a table for this key and no other, whatever the bundle's own choices are."""
         backend, _, remainder = self.backend.rpartition("-")
-        eta = f" --eta {self.eta:g}" if self.eta else ""
+        eta, scale = (np.format_float_positional(value, trim="-") for value in (self.eta, self.guidance_scale))
+        noise = f" --eta {eta}" if self.scheduler == "ddim" else ""  # 0 too: the bundle's own may be another
         return (
-            f"qncd fit {bundle} --backend {backend} --scheduler {self.scheduler} --n-steps {self.n_steps}{eta} "
-            f"--guidance-scale {self.guidance_scale:g} --remainder {remainder}"
+            f"qncd fit {shlex.quote(str(bundle))} --backend {backend} --scheduler {self.scheduler} "
+            f"--n-steps {self.n_steps}{noise} --guidance-scale {scale} --remainder {remainder}"
         )
 
 

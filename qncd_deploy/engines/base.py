@@ -180,6 +180,11 @@ class BaseEngine(ABC):
         return _version(backend.package)
 
     @classmethod
+    def computes(cls, remainder: Remainder) -> bool:
+        """Whether this machine has the arithmetic for a precision that the backend has."""
+        return True
+
+    @classmethod
     def open_arrays(cls) -> Arrays:
         """Where engines of this class compute; the same at every call. Raises BackendMissing if that is not here."""
         return HostArrays()
@@ -290,6 +295,12 @@ def backend_status(backend: Backend) -> BackendStatus:
     except BackendMissing as exc:
         return BackendStatus(backend.name, None, str(exc))
     return BackendStatus(backend.name, version, None)
+
+
+def usable_remainders(backend: Backend) -> tuple[Remainder, ...]:
+    """The precisions of the float layers that this machine has the arithmetic for. Raises as engine_class does."""
+    engine = engine_class(backend)
+    return tuple(remainder for remainder in backend.remainders if engine.computes(remainder))
 
 
 def engine_class(backend: Backend) -> type[BaseEngine]:

@@ -48,7 +48,7 @@ class OpenVINOEngine(BaseEngine):
 
     def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
         self._core = _core()
-        if remainder == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if not self.computes(remainder):
             raise BackendMissing("openvino: this CPU has no bfloat16 arithmetic. Use the float32 remainder.")
         try:
             self._model = self._core.read_model(path)
@@ -59,6 +59,10 @@ class OpenVINOEngine(BaseEngine):
         self._requests: dict[Shapes, ov.InferRequest] = {}
         self._stored_bytes: dict[Shapes, int] = {}
         super().__init__(engine_id, path, _specs(self._model.inputs), _specs(self._model.outputs))
+
+    @classmethod
+    def computes(cls, remainder: Remainder) -> bool:
+        return remainder != "bf16" or "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def compile(self, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
         """Compile for these static input shapes unless that was done already. Raises BuildFailed."""

@@ -181,5 +181,5 @@ def _capped(value: float) -> float:
 
 
 def half_of(count: int) -> int:
-    """Half of so many pictures, rounded down, but one at least."""
-    return max(1, count // 2)
+    """Half of so many pictures, rounded down, but two at least where there are: one alone has no distribution."""
+    return max(min(2, count), count // 2)
