@@ -94,3 +94,17 @@ def test_the_gradient_of_a_step_is_that_of_lsq() -> None:
     for place, value in enumerate(expected):
         (found,) = torch.autograd.grad(y[place], step.step, retain_graph=True)
         assert found.item() == pytest.approx(value, abs=1e-5)
+
+
+def test_a_step_smaller_than_the_learning_rate_stays_a_step() -> None:
+    """One update of Adam moves by its rate, here twice the step, whatever the gradient."""
+    step = LearnedStep(Grid(np.float32(2e-4), -8, 7, None))
+    optimizer = torch.optim.Adam([step.step], lr=4e-4)
+    x = torch.full((4,), 1e-6)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (step(x + 2e-3) - x).square().sum().backward()  # wants a smaller range
+        optimizer.step()
+        step.project()
+        assert step.step.item() >= 0.1 * 2e-4 * (1 - 1e-6)
+        assert torch.isfinite(step(x)).all()

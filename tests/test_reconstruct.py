@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("onnx_ir")
+ir = pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
@@ -19,7 +19,10 @@ from qncd_deploy.calib.observers import TensorStats  # noqa: E402
 from qncd_deploy.errors import CalibrationError  # noqa: E402
 from qncd_deploy.export.graph import Inputs, instrument  # noqa: E402
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
+from qncd_deploy.files import canonical_json  # noqa: E402
 from qncd_deploy.quant.grid import dequantize, fake_quantize, quantize  # noqa: E402
+from qncd_deploy.quant.plan import float32_text  # noqa: E402
+from qncd_deploy.quant.rounding import LearnedStep  # noqa: E402
 from qncd_deploy.reconstruct import network  # noqa: E402
 from qncd_deploy.reconstruct.frontier import Filler  # noqa: E402
 from qncd_deploy.reconstruct.network import Reconstruction, reconstruct  # noqa: E402
@@ -150,6 +153,52 @@ def test_both_presets_run_to_their_end(tmp_path: Path) -> None:
     model, feeds = small_network(), rows()
     revised = found.revise(planned(model, feeds), model, statistics(model, planned(model, feeds), feeds))
     assert all("adaround" in layer.weight_method and "learned" in layer.act_method for layer in revised)
+
+
+FAINT = """<ir_version: 8, opset_import: ["": 18]>
+    faint (float[N,8,4,4] x) => (float[N,8,4,4] y)
+    { a = Conv (x, first) b = Mul (a, gain) c = Conv (b, second) y = Add (a, c) }"""
+
+
+def faint(gain: float):
+    """A residual block that its body adds little to, or nothing."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((8, 8, 1, 1)).astype(np.float32) for name in ("first", "second")}
+    return parsed(FAINT, {**arrays, "gain": np.float32(gain)})
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [replace(PAPER, iterations=2, steps_iterations=20, batch=8), replace(QUICK, iterations=20, steps_rate=2.0)],
+    ids=["apart", "together"],
+)
+def test_steps_smaller_than_one_update_stay_above_zero(
+    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They start ten times too wide, so that learning makes them smaller, and one update is more than all of a step."""
+    model, feeds = faint(5e-5), rows()
+    plan = planned(model, feeds)
+    plan = replace(plan, layers=tuple(replace(each, act_scale=float32_text(10 * each.act_scale)) for each in plan))
+    assert plan["second"].act_scale < PAPER.steps_rate
+    used, original = [], LearnedStep.forward
+
+    def forward(self, x):
+        used.append(self.step.item())
+        return original(self, x)
+
+    monkeypatch.setattr(LearnedStep, "forward", forward)
+    learned(tmp_path, preset, model=model, feeds=feeds, plan=plan)
+    assert min(used) > 0 and np.min(used) < 0.2 * plan["second"].act_scale
+
+
+def test_what_has_no_relative_error_is_no_number_in_the_manifest(tmp_path: Path) -> None:
+    """A block of zeros has nothing to compare its error with, and JSON knows no infinity."""
+    model, feeds = faint(1.0), rows()
+    plan = planned(model, feeds)
+    model.graph.initializers["first"].const_value = ir.tensor(np.zeros((8, 8, 1, 1), np.float32), name="first")
+    found = learned(tmp_path, model=model, feeds=feeds, plan=plan).to_json()
+    assert [block["error"] for block in found["blocks"].values()] == [[None, None], [None, None]]
+    canonical_json(found)
 
 
 def test_what_diverges_stays_at_the_nearest_level(tmp_path: Path) -> None:

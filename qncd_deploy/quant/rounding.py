@@ -108,6 +108,10 @@ class OffsetRounding(Rounding):
 KINDS: dict[Kind, type[Rounding]] = {"adaround": AdaRound, "offset": OffsetRounding}
 
 
+LEAST_PART = 0.1
+"""A learned step is at least this part of the step it started from, which least squares has chosen."""
+
+
 class LearnedStep(nn.Module):
     """Fake quantization of an activation with a step size that can be learned; the levels stay.
 
@@ -115,15 +119,21 @@ class LearnedStep(nn.Module):
 
     LSQ (Esser et al., arXiv:1902.08153): with the gradient of round taken as 1, that of s is round(x / s) - x / s
     inside the range and qmin or qmax outside. The gradient is not rescaled by the number of values: to Adam it is all
-    the same.
+    the same. An update of Adam is as large as its rate whatever the gradient, and a step may be smaller than that: it
+    is held at LEAST_PART of its start (ours), so that it neither turns negative nor ends where nothing can be learned.
     """
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         assert grid.axis is None, "activations have one grid per tensor"
         self.step = nn.Parameter(torch.tensor(float(grid.scale)))
+        self.least = LEAST_PART * float(grid.scale)
         self.low, self.high = float(grid.qmin), float(grid.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
-        step = self.step.clamp_min(torch.finfo(x.dtype).tiny)
-        return round_ste((x / step).clamp(self.low, self.high)) * step
+        return round_ste((x / self.step).clamp(self.low, self.high)) * self.step
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the step back to where it may be; to be called after every update."""
+        self.step.clamp_(min=self.least)

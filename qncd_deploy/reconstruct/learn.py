@@ -180,7 +180,7 @@ def _weights(
         loss.backward()
         optimizer.step()
         schedule.step()
-        for each in roundings:
+        for each in (*roundings, *_free_steps(block)):
             each.project()
         yield done + 1
 
@@ -188,7 +188,8 @@ def _weights(
 def _steps(block: QuantizedBlock, rows: Rows, train: np.ndarray, preset: Preset, pick: np.random.Generator) -> None:
     """Learn step sizes with the weights on their grids."""
     run = block.hard()
-    optimizer = torch.optim.Adam([step.step for step in _free_steps(block)], lr=preset.steps_rate)
+    steps = _free_steps(block)
+    optimizer = torch.optim.Adam([step.step for step in steps], lr=preset.steps_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, preset.steps_iterations)
     for _ in range(preset.steps_iterations):
         feeds, target = rows(pick.choice(train, preset.batch))
@@ -196,6 +197,8 @@ def _steps(block: QuantizedBlock, rows: Rows, train: np.ndarray, preset: Preset,
         _error(run(feeds), target, preset.steps_power).backward()
         optimizer.step()
         schedule.step()
+        for step in steps:
+            step.project()
 
 
 def _free_steps(block: QuantizedBlock) -> list[LearnedStep]:

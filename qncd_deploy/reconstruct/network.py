@@ -7,6 +7,7 @@ still reads is kept, on disk. A finished block is a file, so that a killed run g
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -60,7 +61,7 @@ class Reconstruction:
             "blocks": {
                 name: {
                     "kept": outcome.kept,
-                    "error": [outcome.error_before, outcome.error_after],
+                    "error": [_finite(outcome.error_before), _finite(outcome.error_after)],
                     "iterations": outcome.iterations,
                 }
                 for name, outcome in self.outcomes.items()
@@ -288,6 +289,11 @@ class _Walk:
     def _macs(self, name: str) -> int:
         (node,) = self.model.graph.initializers[name].consumers()
         return row_macs(self.plan[name].shape, self.plan[name].out_axis, node.outputs[0])
+
+
+def _finite(error: float) -> float | None:
+    """None for what JSON has no number for: the error of a block that puts out nothing but zeros, or diverged."""
+    return error if math.isfinite(error) else None
 
 
 def _write(file: Path, outcome: Outcome, found: Settled) -> None:
