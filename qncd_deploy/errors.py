@@ -48,7 +48,7 @@ class EngineError(QncdError):
 
 
 class Diverged(EngineError):
-    """Sampling ended in pictures that are not finite."""
+    """Sampling ended in latents or pictures that are not finite."""
 
 
 class BackendMissing(EngineError):

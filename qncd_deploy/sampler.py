@@ -155,7 +155,7 @@ class Sampler:
     ) -> Iterator[Pictures]:
         """As sample, but each batch as soon as it is done.
 
-        Raises: UsageError for no pictures, LabelError for a wrong label.
+        Raises: UsageError for no pictures, LabelError for a wrong label, Diverged for a batch that is not finite.
         """
         indices = list(range(pictures)) if isinstance(pictures, int) else list(pictures)
         if not indices or min(indices) < 0:
@@ -170,11 +170,12 @@ class Sampler:
                 if on_state is not None:
                     on_state(state)
             assert latents is not None
+            found = self._finite(self._arrays.get(latents), "latents")
             told, text = self.labels(batch, labels), self.network.text
             yield Pictures(
                 indices=np.array(batch, dtype=np.int64),
                 labels=told,
-                latents=self._arrays.get(latents),
+                latents=found,
                 images=self._images(latents, batch_size=size),
                 prompts=None if text is None else np.array([text.prompts[k] for k in told]),
             )
@@ -287,13 +288,18 @@ class Sampler:
         decoded = self.decode(latents, batch_size=batch_size)
         if decoded is None:
             return None
-        images = self._arrays.get(decoded)
-        if not np.isfinite(images).all():
+        return to_uint8(self._finite(self._arrays.get(decoded), "pictures"))
+
+    def _finite(self, array: np.ndarray, what: str) -> np.ndarray:
+        """The array itself. Raises Diverged."""
+        if not np.isfinite(array).all():
+            method = self.table.method
+            other = "" if method == "off" else "another --correction, "
             raise Diverged(
-                f"{self.network.place}: {self.table.key.backend} returned pictures that are not finite. "
-                "Try a float32 remainder or another --backend."
+                f"{self.network.place}: {self.table.key.backend} with correction {method} gave {what} that are not "
+                f"finite. Try {other}a float32 remainder or another --backend."
             )
-        return to_uint8(images)
+        return array
 
     def _conditions(self, labels: np.ndarray, arrays: Arrays) -> Conditions:
         assert self.network.embedding is not None, "a network with classes comes with a row for each"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, identity_table
 from qncd_deploy.engines.base import BaseEngine
-from qncd_deploy.errors import EngineError, LabelError, UsageError
+from qncd_deploy.errors import Diverged, LabelError, UsageError
 from qncd_deploy.sample import PictureNoise
 from qncd_deploy.sampler import Network, Sampler
 from qncd_deploy.schedule import Schedule
@@ -193,8 +194,28 @@ def test_pictures_that_are_not_finite_are_refused() -> None:
         def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {"images": np.full_like(feeds["latents"], np.nan)}
 
-    with pytest.raises(EngineError, match=r"bundle: fake-f32 returned pictures that are not finite"):
+    words = r"bundle: fake-f32 with correction off gave pictures that are not finite\. Try a float32 remainder"
+    with pytest.raises(Diverged, match=words):
         make(None, decoder=Broken()).sample(1)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("shape", [(3, 4, 4), (8, 4, 4)])  # pictures themselves, or of no decoder's
+def test_latents_that_are_not_finite_are_refused_whether_they_are_pictures_or_not(shape: tuple[int, ...]) -> None:
+    class Wide(Gaussian):
+        def __init__(self) -> None:
+            super().__init__(labels=False)
+            specs = {name: replace(each, shape=("batch", *shape)) for name, each in self.inputs.items()}
+            self._tensors = ({**self.inputs, "sample": specs["sample"]}, {"out": specs["sample"]})
+
+    sampler = make(None, engine=Wide(), fixes=(StepFix(b=1e38),) * 20)
+    network = replace(sampler.network, facts=replace(sampler.network.facts, latent_shape=shape))
+    wild = Sampler(network, config=sampler.config, guidance_scale=1.0, table=sampler.table)
+    words = (
+        r"bundle: fake-f32 with correction test gave latents that are not finite\. Try another --correction, a float32"
+    )
+    with pytest.raises(Diverged, match=words):
+        wild.sample(2)
 
 
 @pytest.mark.parametrize("pictures", [0, -1, [], [-1, 2]])
