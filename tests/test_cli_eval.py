@@ -90,6 +90,30 @@ def test_all_is_what_was_fitted_for_this_way_to_sample(bundle: Path, home: Path)
     assert dns["psnr"] == off["psnr"]
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_correction_that_diverges_does_not_keep_the_others_from_being_measured(
+    bundle: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = Bundle.open(bundle).key(Sampling(), "onnxruntime-f32")
+    shelf = home / "engines/net-w8a8"
+    shelf.mkdir(parents=True)
+    wild = CorrectionTable("map", key, (StepFix(b=np.full(8, 1e38)),) * 4)
+    save_tables(shelf / "corrections-onnxruntime-f32.npz", [wild], auto={})
+    words = "onnxruntime-f32 with correction map gave latents that are not finite. Try another --correction"
+    done = qncd("eval", bundle, *SMALL, "--correction", "map", "--correction", "all", "-o", "report", "--json")
+    assert done.code == 0, done.err
+    diverged, *others = json.loads(done.out)["variants"]
+    assert words in diverged["diverged"] and diverged["psnr"] is None and diverged["latent_snr_db"] == []
+    assert [each["name"] for each in others] == ["auto", "off", "dns", "ptqd"]
+    assert all(each["diverged"] is None and each["psnr"]["n"] == 6 for each in others)
+    assert [record.getMessage() for record in caplog.records if words in record.getMessage()]
+    table = qncd("eval", bundle, *SMALL, "--correction", "map", "--correction", "off", "--require-psnr", 1)
+    assert table.code == 3 and "correction map diverged" in table.line
+    assert "diverged" in table.out
+    alone = qncd("eval", bundle, *SMALL, "--correction", "map")
+    assert alone.code == 1 and words in alone.line
+
+
 def test_options_reach_the_sampler(bundle: Path, home: Path) -> None:
     way = ("--n-steps", 3, "--scheduler", "euler", "--guidance-scale", 1, "--class-label", "2", "--correction", "off")
     facts = evaluated(bundle, *way)

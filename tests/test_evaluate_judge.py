@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_sampler import ABAR, SHAPE, TEN, Gaussian, make
 
 from qncd_deploy.correct.record import StepFix
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.evaluate.batches import Batch, Draw, Job, draw_batch, plan_jobs
+from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.features import Description, FeatureNetwork, Lens, Reference
 from qncd_deploy.evaluate.judge import Figures, Judge, Origin
 from qncd_deploy.evaluate.manifold import Manifold
 from qncd_deploy.evaluate.metrics import PSNR_CAP_DB, Moments, frechet_distance, shift
+from qncd_deploy.evaluate.table import comparison_table
+from qncd_deploy.files import canonical_json
 from qncd_deploy.pictures import Pictures
 from qncd_deploy.sample import PictureNoise
 from qncd_deploy.sampler import Sampler
@@ -96,6 +102,15 @@ def test_the_same_network_is_told_apart_by_nothing() -> None:
     assert (figures.shift, figures.fid, figures.accuracy) == (None, None, None)  # no feature network
     assert (figures.name, figures.engine, figures.correction, figures.n) == ("same", "fake-f32", "off", 9)
     assert len(pictures) == 9
+
+
+def test_an_infinite_error_is_not_taken_for_none() -> None:
+    figures = replace(Held.of(Draw(2)).judge.own, latent_snr_db=(math.inf, 3.0, -math.inf), output_snr_db=(math.nan,))
+    facts = json.loads(canonical_json(figures.to_json()))
+    assert (facts["latent_snr_db"], facts["output_snr_db"]) == ([None, 3.0, "-inf"], ["nan"])
+    out = io.StringIO()
+    Console(file=out, width=200).print(comparison_table(Comparison(Held.of(Draw(2)).judge.own, (figures,), (), {})))
+    assert "exact .. -inf" in out.getvalue() and "nan .. nan" in out.getvalue()
 
 
 def test_a_constant_error_has_its_closed_form_call_by_call() -> None:

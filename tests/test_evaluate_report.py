@@ -103,8 +103,9 @@ def comparison() -> Comparison:
         **curves,
     )
     other = replace(quantized, name=EVIL, correction="off", extra_calls=0)
+    wild = Figures("wild", correction="dns", extra_calls=0, diverged="pictures that are not finite", **common)
     images = {"float": picture_set(0), "as sampled": picture_set(1), EVIL: picture_set(2)}
-    return Comparison(float_twin, (quantized, other), ("class 7", "class 0", "class 3"), images)
+    return Comparison(float_twin, (quantized, other, wild), ("class 7", "class 0", "class 3"), images)
 
 
 def bench_result() -> BenchResult:

@@ -209,5 +209,6 @@ def _check_gates(found: Figures, psnr: float | None, shift: float | None) -> Non
         ("--require-shift-below", shift, found.shift, operator.lt),
     ):
         if limit is not None and (figure is None or not met(figure.value, limit)):
-            value = "was not measured" if figure is None else f"has {figure.value:.4g}"
+            absent = "diverged" if found.diverged else "was not measured"
+            value = absent if figure is None else f"has {figure.value:.4g}"
             raise GateFailed(f"{flag} {limit:g}: correction {found.name} {value}.")

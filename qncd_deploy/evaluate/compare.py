@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from qncd_deploy.engines.base import default_backend
+from qncd_deploy.errors import Diverged
 from qncd_deploy.evaluate.batches import Batch, Draw, Job, Tick, plan_jobs
 from qncd_deploy.evaluate.crew import Crew, Solo, Task
 from qncd_deploy.evaluate.features import Lens
@@ -18,6 +20,8 @@ from qncd_deploy.evaluate.store import Store, batch_facts, key_of
 from qncd_deploy.evaluate.variants import REFERENCE, Variant
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +76,10 @@ def compare(
     at the price of running the traced pictures once more;  store: where batches are kept and looked for, None for
     memory;  crew: who draws them, None for this process;  on_progress: picture-calls done and in all.
 
-    Raises: UsageError for bundles of different networks, BundleError for a feature network of other pictures, and
-    whatever Bundle.sampler and sampling raise.
+    A variant whose pictures are not finite has no figures, but says so; the others are measured.
+
+    Raises: UsageError for bundles of different networks, BundleError for a feature network of other pictures, Diverged
+    if it is the float twin or every variant that does, and whatever Bundle.sampler and sampling raise.
     """
     names = [variant.name for variant in variants]
     assert len({REFERENCE, *names}) == 1 + len(names), f"names that are not unique: {names}"
@@ -92,10 +98,18 @@ def compare(
         images, found = {REFERENCE: _first_images(drawn, shown)}, []
         for variant in variants:
             with variant.open(bundle, draw) as sampler:
-                origin, drawn = Origin.of(sampler), easel.variant(variant, sampler, jobs)
+                origin = Origin.of(sampler)
+                try:
+                    drawn = easel.variant(variant, sampler, jobs)
+                except Diverged as exc:
+                    log.warning("%s", exc)
+                    found.append(judge.diverged(variant.name, origin, str(exc)))
+                    continue
             found.append(judge.figures(variant.name, origin, drawn))
             images[variant.name] = _first_images(drawn, shown)
     captions = [caption for batch in judge.batches[:shown] for caption in batch.pictures.captions]
+    if all(figures.diverged for figures in found):
+        raise Diverged(str(found[0].diverged))
     return Comparison(
         reference=judge.own,
         variants=tuple(found),

@@ -49,6 +49,7 @@ class Figures:
     pictures;  latent_mean_error, latent_std_ratio: of the final latents, a number a channel, the former in standard
     deviations of the twin's;  latent_snr_db, output_snr_db: one a call, infinite where nothing differs, () if not
     measured.
+    diverged: why there are no figures of a variant whose sampling ended in what is not finite.
     To the data, None without a reference: fid, sfid, data_precision, data_recall.
     """
 
@@ -77,12 +78,15 @@ class Figures:
     latent_std_ratio: tuple[float, ...] = ()
     latent_snr_db: tuple[float, ...] = ()
     output_snr_db: tuple[float, ...] = ()
+    diverged: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an infinite SNR is null, since JSON has no number for it."""
+        """Plain values; an SNR that JSON has no number for is null where nothing differs, else "-inf" or "nan"."""
         data = asdict(self)
         for name in ("latent_snr_db", "output_snr_db"):
-            data[name] = [value if math.isfinite(value) else None for value in data[name]]
+            data[name] = [
+                value if math.isfinite(value) else None if value == math.inf else str(value) for value in data[name]
+            ]
         return data
 
 
@@ -161,6 +165,10 @@ class Judge:
             latent_snr_db=_snr_db(pairs.free),
             output_snr_db=_snr_db(pairs.forced),
         )
+
+    def diverged(self, name: str, origin: Origin, reason: str) -> Figures:
+        """Of a variant that has no pictures to measure."""
+        return replace(_unmeasured(name, origin, self.draw), diverged=reason)
 
     def _of_features(self, kept: _Kept) -> dict[str, Any]:
         found, exact, seed = kept.features, self._kept.features, self.draw.seed
@@ -256,11 +264,8 @@ def _snr_db(powers: np.ndarray | None) -> tuple[float, ...]:
     return () if powers is None else tuple(map(decibels, *powers.tolist()))
 
 
-def _unpaired(
-    name: str, origin: Origin, draw: Draw, kept: _Kept, data: Reference | None, known: Manifold | None
-) -> Figures:
-    """The figures that need no float twin. known: what real pictures cover."""
-    figures = Figures(
+def _unmeasured(name: str, origin: Origin, draw: Draw) -> Figures:
+    return Figures(
         name=name,
         engine=origin.engine,
         correction=origin.correction,
@@ -268,8 +273,15 @@ def _unpaired(
         seed=draw.seed,
         first=draw.first,
         calls=origin.calls,
-        extra_calls=kept.extra_calls,
+        extra_calls=0,
     )
+
+
+def _unpaired(
+    name: str, origin: Origin, draw: Draw, kept: _Kept, data: Reference | None, known: Manifold | None
+) -> Figures:
+    """The figures that need no float twin. known: what real pictures cover."""
+    figures = replace(_unmeasured(name, origin, draw), extra_calls=kept.extra_calls)
     features, logits, n = kept.features, kept.logits, draw.count
     measured: dict[str, Any] = {}
     if features is not None and data is not None and n > 1:

@@ -46,6 +46,7 @@ def comparison_table(found: Comparison) -> Table:
     lines.append(["correction", *(_correction(way) for way in ways)])
     for name, heading, digits in ESTIMATES:
         lines.append([heading, *(_interval(getattr(way, name), digits) for way in ways)])
+    lines.append(["diverged", *("yes" if way.diverged else "" for way in ways)])
     for name, heading, words in _SERIES:
         lines.append([heading, *(words(series) if (series := getattr(way, name)) else "" for way in ways)])
     lines = [line for line in lines if any(line[1:])]
@@ -70,7 +71,7 @@ def _interval(found: Estimate | None, digits: str) -> str:
 
 def _ends(values: Sequence[float]) -> str:
     """First and last of a series of decibels."""
-    return " .. ".join("exact" if math.isinf(value) else f"{value:.1f}" for value in (values[0], values[-1]))
+    return " .. ".join("exact" if value == math.inf else f"{value:.1f}" for value in (values[0], values[-1]))
 
 
 def _range(values: Sequence[float]) -> str:

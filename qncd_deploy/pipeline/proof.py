@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd_deploy.engines.base import default_backend
+from qncd_deploy.errors import Diverged
 from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
 from qncd_deploy.evaluate.contest import Contest, contests_of
@@ -54,7 +55,10 @@ class Proof:
 
 
 def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
-    """Sample the float twin and the quantized network, with the same seeds, on the default engine of this machine."""
+    """Sample the float twin and the quantized network, with the same seeds, on the default engine of this machine.
+
+    Raises: Diverged if a picture is not finite as the bundle samples by default, and what compare raises.
+    """
     backend = default_backend()
     variants = [Variant(CORRECTED, backend)]
     with variants[0].open(bundle, Draw(1)) as sampler:
@@ -62,7 +66,10 @@ def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
     if corrected:
         variants.append(Variant(PLAIN, backend, correction="off"))
     draw = Draw(size, seed=seed, first=FIRST_PICTURE)
-    return Proof(compare(bundle, variants, draw, on_progress=tick))
+    proof = Proof(compare(bundle, variants, draw, on_progress=tick))
+    if proof.final.diverged is not None:
+        raise Diverged(proof.final.diverged)
+    return proof
 
 
 def _decibels(value: float) -> float | None:
