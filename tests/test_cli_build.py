@@ -90,7 +90,7 @@ def test_a_shelf_that_is_not_there_is_made_and_one_that_cannot_be_is_told_before
 
 
 def test_what_the_engine_misses_is_told_layer_by_layer(bundle: Path, tmp_path: Path, gpu: FakeTensorRT) -> None:
-    gpu.layers = []
+    gpu.layers = [{"Name": "copy", "LayerType": "Reformat"}]
     done = qncd("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path)
     assert "0 of 1 planned layers run quantized" in done.out
     assert "\n  planned quantized, but runs otherwise: w (nothing that multiplies)\n" in done.out

@@ -128,7 +128,7 @@ def test_each_profiles_kernels_count_once() -> None:
     """Names of layers, or of their tensors, say which profile; within a compiled region some say nothing."""
     conv = {**CONVOLUTION, "Name": "conv [profile 1]"}
     inner = {"Name": "__myl_Move_myl0_0", "LayerType": "kgen", "Inputs": [{"Name": "a", "Datatype": "Half"}]}
-    outer = {"Name": "__myl_Cast_myl1_0", "LayerType": "kgen", "Inputs": [{"Name": "x [profile 1]", "Datatype": "Half"}]}
+    outer = {**inner, "Name": "__myl_Cast_myl1_0", "Inputs": [{"Name": "x [profile 1]", "Datatype": "Half"}]}
     first, second = [CONVOLUTION, inner], [conv, outer, {**inner, "Name": "__myl_Move_myl1_1"}]
     table = built(FakeTensorRT("10.3.0", layers=first)).table
     assert built(FakeTensorRT("10.3.0", layers=[*first, *second])).table == table and len(table.kernels) == 2
