@@ -35,6 +35,7 @@ from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pipeline.export import export
 from qncd_deploy.pipeline.fit import FitOptions, fit, merge_into
 from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.runtime import Bundle, Sampling
 
 ENGINE = "openvino"
@@ -130,7 +131,8 @@ def _tables(bundle: Bundle, sampling: Sampling, bars: Bars) -> Path:
     if not path.exists():
         with bars.stage(f"corrections of {bundle.path.name}") as tick:
             options = FitOptions(ENGINE, sampling=sampling)
-            fitted = fit(bundle, options, bundle.path.parent / "fits" / path.stem, tick)
+            with Recordings.open(bundle.path.parent / "fits" / path.stem, bundle) as recordings:
+                fitted = fit(bundle, options, recordings, tick)
         merge_into(path, [fitted])
     return path
 

@@ -16,7 +16,7 @@ import numpy as np
 from qncd_deploy.correct.fitting import Pairs, State
 from qncd_deploy.correct.record import StepFix, fixed_steps
 from qncd_deploy.errors import BundleError, CalibrationError
-from qncd_deploy.files import load_npz, save_npz
+from qncd_deploy.files import load_npz, make_folder, save_npz
 from qncd_deploy.sample import PictureNoise, denoise
 from qncd_deploy.schedule import Prediction, Schedule
 from qncd_deploy.specs import EpsModel
@@ -128,7 +128,7 @@ def _output(folder: Path, call: int, which: str, network: EpsModel, x: np.ndarra
                 f"the {which} network returned NaN or infinity at t = {t:g} while corrections were fitted. Check the "
                 "checkpoint, or leave the layers that overflow in float with --exclude."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         save_npz(path, held)
     return held["output"]
 

@@ -298,6 +298,9 @@ def test_why_nothing_is_corrected_or_something_that_does_not_help() -> None:
     page = render(with_contest(alone))
     assert "nothing is better than that" in page and "<svg" not in page
     assert "Taken because it was asked for by name" in words(with_contest(replace(weak, choice="ptqd")))
+    alone = replace(weak, choice="ptqd", best=None, pictures=0, figures={}, screened={}, latent_snr_db={})
+    page = words(with_contest(alone))
+    assert "Taken because it was asked for by name" in page and "candidate" not in page
 
 
 def test_an_objective_where_more_is_better() -> None:

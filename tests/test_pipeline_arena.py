@@ -19,6 +19,7 @@ from qncd_deploy.correct.record import StepFix
 from qncd_deploy.evaluate.contest import Contest
 from qncd_deploy.pipeline.arena import Arena, Candidate
 from qncd_deploy.pipeline.fit import FIRST_CHOICE_PICTURE, FitOptions, Fitted, fit
+from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
 
@@ -107,13 +108,15 @@ def test_a_candidate_that_grows_beyond_all_numbers_is_the_worst(
 @pytest.fixture(scope="module")
 def fitted(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     options = FitOptions("onnxruntime", methods=("ptqd", "d2dpm", "map"), size=4, threads=1)
-    return fit(bundle, options, tmp_path_factory.mktemp("work"), lambda done, of: None)
+    with Recordings.open(tmp_path_factory.mktemp("work") / "fits", bundle) as recordings:
+        return fit(bundle, options, recordings, lambda done, of: None)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_fit_of_hardly_any_pictures_still_has_a_distribution(bundle: Bundle, tmp_path: Path, size: int) -> None:
     options = FitOptions("onnxruntime", methods=("qdrift",), size=size, threads=1)
-    found = fit(bundle, options, tmp_path, lambda done, of: None)
+    with Recordings.open(tmp_path / "fits", bundle) as recordings:
+        found = fit(bundle, options, recordings, lambda done, of: None)
     assert (found.objective, found.pictures, found.half) == ("shift", size, 2)
     assert found.screened.keys() == {"off", "qdrift"} | found.figures.keys()
 

@@ -202,7 +202,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "--correction",
     type=click.Choice(CORRECTIONS),
     default=DEFAULTS.correction,
-    help="Correction of the sampling loop; auto fits all and keeps one only if held-out pictures get better.",
+    help="Correction of the sampling loop; auto fits all and keeps one only if held-out pictures get better, one "
+    "that is named is fitted alone and taken untried.",
 )
 @click.option("--objective", type=click.Choice(OBJECTIVES), default=DEFAULTS.objective, help="What auto chooses by.")
 @click.option(

@@ -72,7 +72,8 @@ def show(exported: Exported, seconds: float, *, verbose: bool) -> None:
         click.echo(f"step bits   {_steps_line(exported.quantized.steps)}")
     for engine, fitted in (exported.fitted or {}).items():
         figures = ", ".join(f"{method} {value:.4g}" for method, value in fitted.figures.items())
-        click.echo(f"correction  {fitted.choice} on {engine} (held-out {fitted.objective}: {figures})")
+        why = f"held-out {fitted.objective}: {figures}" if figures else "asked for by name"
+        click.echo(f"correction  {fitted.choice} on {engine} ({why})")
     quality = manifest.quality
     if "psnr_db" in quality:
         shift = "" if quality["shift"] is None else f", shift {quality['shift']:.2g}"

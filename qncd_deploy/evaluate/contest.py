@@ -24,11 +24,11 @@ class Contest:
     """What `--correction auto` takes on one engine, and by which figures.
 
     choice: a name, OFF if nothing is better beyond chance;  objective: "shift", where less is better, or "psnr", in dB;
-    pictures: held out to choose by, in all;  screened: the objective of every candidate on the first half of them;
-    figures: on all of them, of OFF, the finalists and what was made of these;  best: of `figures`, None if that is OFF;
-    confirmed: the objective of OFF and `best` on as many pictures that nothing was chosen by;  wins: the share of
-    bootstrap resamples of these in which `best` beats OFF;  confidence: the share that is asked for;  refused: why a
-    method could not be fitted;
+    pictures: held out to choose by, in all, 0 where nothing competed;  screened: the objective of every candidate on
+    the first half of them;  figures: on all of them, of OFF, the finalists and what was made of these;  best: of
+    `figures`, None if that is OFF;  confirmed: the objective of OFF and `best` on as many pictures that nothing was
+    chosen by;  wins: the share of bootstrap resamples of these in which `best` beats OFF;  confidence: the share that
+    is asked for;  refused: why a method could not be fitted;
     latent_snr_db: one a network call, over the same few pictures for all; see evaluate.batches.
     """
 

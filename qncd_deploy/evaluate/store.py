@@ -27,7 +27,7 @@ from qncd_deploy.errors import BundleError
 from qncd_deploy.evaluate.batches import Batch
 from qncd_deploy.evaluate.crew import Task
 from qncd_deploy.evaluate.variants import Variant
-from qncd_deploy.files import atomic_file, canonical_json, exclusive, load_npz, save_npz, sha256_file
+from qncd_deploy.files import atomic_file, canonical_json, exclusive, load_npz, make_folder, save_npz, sha256_file
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
 
@@ -65,6 +65,12 @@ def batch_facts(task: Task, variant: Variant, sampler: Sampler, exact: str | Non
     }
 
 
+def network_ids(bundle: Bundle) -> set[str]:
+    """Network.source of every network that the bundle holds, alone and with those that it takes turns with."""
+    graphs = [role for role, name in bundle.manifest.roles.items() if ".onnx" in name]
+    return {bundle.network_id(roles) for role in graphs for roles in ((role,), bundle.network_roles(role))}
+
+
 def key_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
 
@@ -86,15 +92,7 @@ class Store:
         """
         with exclusive(folder):
             store = cls(folder)
-            store._sweep(
-                {
-                    b.network_id(roles)
-                    for b in bundles
-                    for role, name in b.manifest.roles.items()
-                    if ".onnx" in name
-                    for roles in ((role,), b.network_roles(role))
-                }
-            )
+            store._sweep(set().union(*map(network_ids, bundles)))
             yield store
             if not keep:
                 store._clear()
@@ -138,7 +136,7 @@ class Shelf(MutableMapping[str, Batch]):
             raise KeyError(name) from exc
 
     def __setitem__(self, name: str, batch: Batch) -> None:
-        self._path.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path)
         if not (about := self._path / _ABOUT).exists():
             with atomic_file(about) as partial:
                 partial.write_text(canonical_json(self._facts), encoding="utf-8")

@@ -37,6 +37,7 @@ from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
 from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, quantize_weights
+from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.pipeline.smoothing import Smoothing
 from qncd_deploy.prompts import write_prompts
 from qncd_deploy.quant.policy import FLOAT_FORMAT
@@ -312,8 +313,15 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
     """Tables for every CPU engine of this machine, by engine id. The first one's best methods are the others' entrants:
     which corrections suit a network depends little on who runs it, how large they must be does.
     """
-    methods = None if options.correction == "auto" else (options.correction,)
-    work = options.calib_dir / _name(options) / "fits"
+    work = options.calib_dir / _name(options) / f"fits-{options.format}"
+    with Recordings.open(work, bundle, resume=options.resume) as recordings:
+        return _fitted_on_cpus(bundle, options, recordings, progress)
+
+
+def _fitted_on_cpus(
+    bundle: Bundle, options: ExportOptions, recordings: Recordings, progress: Progress
+) -> dict[str, Fitted]:
+    auto = options.correction == "auto"
     found: dict[str, Fitted] = {}
     shortlist: tuple[str, ...] | None = None
     for backend in BACKENDS.values():
@@ -321,18 +329,15 @@ def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[
             continue
         fit_options = FitOptions(
             backend.name,
-            methods=methods,
             shortlist=shortlist,
+            take=None if auto else options.correction,
             objective=options.objective,
             size=options.fit_size,
             seed=options.seed,
         )
         with progress.stage(f"corrections for {backend.name}") as tick:
-            fitted = fit(bundle, fit_options, work, tick)
-        if options.correction == "auto":
+            fitted = fit(bundle, fit_options, recordings, tick)
+        if auto:
             shortlist = tuple(name for name in fitted.order(fitted.figures) if name in METHODS)[:ENTRANTS]
-        else:
-            fitted = replace(fitted, choice=options.correction)
         found[make_engine_id(backend.name)] = fitted
-    shutil.rmtree(work, ignore_errors=True)
     return found

@@ -6,10 +6,8 @@ choose on, one to confirm the choice on, one to report on.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,10 +26,10 @@ from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.contest import OBJECTIVES, OFF, Contest
 from qncd_deploy.evaluate.features import FeatureNetwork
 from qncd_deploy.evaluate.variants import REFERENCE, Variant
-from qncd_deploy.files import canonical_json
 from qncd_deploy.pipeline.arena import Arena
 from qncd_deploy.pipeline.choose import CONFIDENCE, Choice, choose
 from qncd_deploy.pipeline.progress import Tick
+from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.runtime import AS_EXPORTED, Bundle, Sampling
 from qncd_deploy.sampler import Sampler, default_batch
 from qncd_deploy.specs import EpsModel
@@ -55,7 +53,8 @@ class Fitted(Contest):
 class FitOptions:
     """What to fit for; None is the bundle's own choice.
 
-    methods: of METHODS, None for all;  shortlist: of these, the ones that auto chooses among, None for all;  size:
+    methods: of METHODS, None for all;  shortlist: of these, the ones that auto chooses among, None for all;  take: fit
+    this one alone, in place of `methods`, and let auto take it untried;  size:
     pictures to fit on, the choice is made on as many others and confirmed on twice as many;  blobs: what `qncd build`
     compiled, since tables are of the engine that runs them.
     """
@@ -65,6 +64,7 @@ class FitOptions:
     sampling: Sampling = AS_EXPORTED
     methods: tuple[str, ...] | None = None
     shortlist: tuple[str, ...] | None = None
+    take: str | None = None
     objective: str = "shift"
     size: int = 32
     seed: int = 0
@@ -73,12 +73,17 @@ class FitOptions:
     blobs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods or ()) - METHODS.keys():
+        if unknown := set(self.wanted) - METHODS.keys():
             raise UsageError(f"--correction {min(unknown)}: expected one of {', '.join(METHODS)}.")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective {self.objective}: expected one of {', '.join(OBJECTIVES)}.")
         if self.size < 2:
             raise UsageError(f"--fit-size {self.size}: expected 2 or more.")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The methods to fit."""
+        return (self.take,) if self.take is not None else self.methods or tuple(METHODS)
 
     @property
     def choice_pictures(self) -> range:
@@ -89,11 +94,10 @@ class FitOptions:
         return range(FIRST_CONFIRMING_PICTURE, FIRST_CONFIRMING_PICTURE + 2 * self.size)
 
 
-def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
+def fit(bundle: Bundle, options: FitOptions, recordings: Recordings, tick: Tick) -> Fitted:
     """Fit the methods and choose one, or "off" where none is better beyond chance.
 
-    work: a folder for paired outputs, used again by fits for other engines and by one that was interrupted; the caller
-    removes it in the end.
+    recordings: of paired outputs, used again by fits for other engines and by one that was interrupted.
     Raises: EngineError, ScheduleError or CalibrationError as the sampler and the fits do; a method that cannot be
     fitted is an error only if no other is asked for.
     """
@@ -113,8 +117,19 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
         exact = stack.enter_context(Variant(REFERENCE, twin, float_twin=True).open(bundle, draw))
         plain = stack.enter_context(quantized.open(bundle, draw))
         done = _Work(tick, options, calls=len(plain.steps))
-        study = _recorded(bundle, exact, plain, draw, work, done)
+        study = _recorded(bundle, exact, plain, draw, recordings, done)
         fitted, refused = _fit_all(study, options)
+        if options.take is not None:
+            taken = CorrectionTable(options.take, plain.table.key, fitted[options.take], {"pictures": options.size})
+            return Fitted(
+                tables=(taken,),
+                choice=options.take,
+                objective=options.objective,
+                pictures=0,
+                confidence=CONFIDENCE,
+                figures={},
+                screened={},
+            )
         features = None
         if options.objective == "shift":
             if "features" in bundle.manifest.roles and bundle.manifest.model.picture_shape is not None:
@@ -148,14 +163,13 @@ def fit(bundle: Bundle, options: FitOptions, work: Path, tick: Tick) -> Fitted:
 def fit_into(folder: Path, bundle: Bundle, options: FitOptions, tick: Tick) -> tuple[Path, Fitted]:
     """Fit, and add the tables and how auto chose to FOLDER/corrections-ENGINE.npz, which is returned.
 
-    Raises as fit does; an interrupted fit goes on where it stopped.
+    Raises as fit does, and BundleError if another process fits in the same folder; an interrupted fit goes on where it
+    stopped.
     """
-    work = folder / "fits"
-    work.mkdir(parents=True, exist_ok=True)
-    fitted = fit(bundle, options, work, tick)
     path = folder / f"corrections-{make_engine_id(options.backend, options.remainder)}.npz"
-    merge_into(path, [fitted])
-    shutil.rmtree(work, ignore_errors=True)
+    with Recordings.open(folder / "fits", bundle) as recordings:
+        fitted = fit(bundle, options, recordings, tick)
+        merge_into(path, [fitted])
     return path, fitted
 
 
@@ -166,7 +180,10 @@ def _twin_backend(backend: str) -> str:
 
 
 def merge_into(path: Path, fitted: Sequence[Fitted]) -> None:
-    """Add tables, with how auto chose among them, to a corrections file, in place of older ones for the same keys."""
+    """Add tables, with how auto chose among them, to a corrections file, in place of older ones for the same keys.
+
+    The file is read, then written: no other process may do the same meanwhile.
+    """
     held = load_tables(path) if path.exists() else Tables(path, (), {})
     new = {each.tables[0].key.id: each for each in fitted if each.tables}
     kept = [table for table in held.tables if table.key.id not in new]
@@ -182,10 +199,10 @@ class _Work:
     """Counts pictures run through a network for the progress bar; an upper bound of all there are."""
 
     def __init__(self, tick: Tick, options: FitOptions, *, calls: int) -> None:
-        methods = len(options.methods or METHODS)
+        methods = len(options.wanted)
         fits = (2 + methods) * options.size
         trials = (8 + methods / 2) * len(options.choice_pictures) + 3 * len(options.confirming_pictures)
-        self._total = round(calls * (fits + trials))
+        self._total = round(calls * (fits + (trials if options.take is None else 0)))
         self._done = 0
         self._tick = tick
 
@@ -201,41 +218,43 @@ class _Work:
         return predict
 
 
-def _recorded(bundle: Bundle, exact: Sampler, plain: Sampler, draw: Draw, work: Path, done: _Work) -> RecordedStudy:
+def _recorded(
+    bundle: Bundle, exact: Sampler, plain: Sampler, draw: Draw, recordings: Recordings, done: _Work
+) -> RecordedStudy:
     shape = tuple(plain.network.facts.latent_shape)
     setting = Setting(plain.network.schedule, plain.config, draw.indices, draw.seed, shape)
     exact_network, network = (
         done.counted(sampler.model_for(draw.indices, batch_size=sampler.batch_size)) for sampler in (exact, plain)
     )
-    folders = [work / _recording(bundle, sampler, draw) for sampler in (exact, plain)]
+    folders = [
+        recordings.place(sampler.network.source, _recording(bundle, sampler, draw)) for sampler in (exact, plain)
+    ]
     study = RecordedStudy(setting, exact_network, network, *folders)
     study.record()
     return study
 
 
-def _recording(bundle: Bundle, sampler: Sampler, draw: Draw) -> str:
-    """A name for what this sampler's network says of the pictures to fit on: a hash of everything that decides it."""
+def _recording(bundle: Bundle, sampler: Sampler, draw: Draw) -> dict[str, Any]:
+    """Everything, but for its graph, that decides what this sampler's network says of the pictures to fit on."""
     key = sampler.table.key
     held = bundle.manifest.files
-    facts = {
+    return {
         "key": {**asdict(key), "plan_sha": ""},
-        "graph": sampler.network.source,
         "model": asdict(bundle.manifest.model),
         "files": {role: held[name].sha256 for role, name in bundle.manifest.roles.items() if role in CONDITION_ROLES},
         "version": backend_status(find_backend(key.backend.rpartition("-")[0])).version,
         "pictures": [draw.count, draw.seed],
     }
-    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
 
 
 def _fit_all(study: RecordedStudy, options: FitOptions) -> tuple[dict[str, tuple[StepFix, ...]], dict[str, str]]:
     """Rows of every method that could be fitted, and why the others could not."""
     fitted, refused = {}, {}
-    for name in options.methods or METHODS:
+    for name in options.wanted:
         try:
             fitted[name] = METHODS[name].fit(study)
         except CalibrationError as exc:
-            if options.methods is not None and len(options.methods) == 1:
+            if len(options.wanted) == 1:
                 raise
             refused[name] = str(exc)
             log.info("correction %s was not fitted: %s", name, exc)
