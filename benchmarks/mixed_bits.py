@@ -112,8 +112,8 @@ def _case(options: ExportOptions, scratch: Path) -> tuple[Case, float]:
     calib = calibration_set(network, options, graph, "mixed-bits", lambda done, total: None)
     sites = [site for site in network.sites if decide(site, policy)[0]]
     edges = list(dict.fromkeys(site.input for site in sites))
-    with probing(network.model, edges, scratch) as probe:
-        stats = observe(probe, counted(network, calib, lambda done, total: None), edges, row_bytes=probe.row_bytes)
+    with probing(network.model, scratch) as probe:
+        stats = observe(probe, counted(network, calib, lambda done, total: None), edges)
     costs = edge_costs(network.model, network, sites, calib, stats, policy, scratch)
     started = time.process_time()
     noise = weight_noise(network.model, network, sites, calib, policy, scratch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from qncd_deploy.export.graph import Inputs, find_sites, instrument
+from qncd_deploy.export.graph import Inputs, find_sites
 from qncd_deploy.export.passes.normalise import normalise
 from qncd_deploy.export.save import save_siblings
 from qncd_deploy.export.trace import trace
@@ -34,6 +34,15 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             else:
                 parameter.copy_((1.0 if name.endswith("weight") else 0.0) + 0.2 * noise)
     return module.eval()
+
+
+def instrument(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy that puts out the named tensors beside its own outputs; inputs are in the feeds already."""
+    copy = model.clone()
+    tensors = {output.name: output for node in copy.graph for output in node.outputs}
+    known = {value.name for value in (*copy.graph.inputs, *copy.graph.outputs)}
+    copy.graph.outputs.extend(tensors[name] for name in dict.fromkeys(names) if name not in known)
+    return copy
 
 
 def conditional_unet() -> tuple[torch.nn.Module, list[TensorSpec]]:

@@ -13,8 +13,9 @@ onnx = pytest.importorskip("onnx")
 from onnx import parser  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
+from qncd_deploy.engines import torch_ref  # noqa: E402
 from qncd_deploy.engines.base import open_engine  # noqa: E402
-from qncd_deploy.engines.torch_ops import OPERATORS  # noqa: E402
+from qncd_deploy.engines.torch_ops import OPERATORS, Operator  # noqa: E402
 from qncd_deploy.errors import BuildFailed, EngineError  # noqa: E402
 
 X = "float[2,4,5,6] x"
@@ -236,6 +237,57 @@ def test_an_exported_unet_equals_its_torch_module(kind: str, backend: str, tmp_p
         found = engine(feeds)["out"]
     # About 100 layers, each adding a few float32 roundings (6e-8) of values of the output's size: 2e-5 of its maximum.
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_tensors_stream_in_the_order_they_are_made_and_nothing_behind_them_is(tmp_path: Path) -> None:
+    onnx.save(parse(X, "a = Exp(x) b = Neg(a) c = Sqrt(b) y = Relu(c)"), tmp_path / "op.onnx")
+    feeds = feeds_for(onnx.load(tmp_path / "op.onnx"))
+    with open_engine("torch", tmp_path / "op.onnx") as engine:
+        names, arrays = zip(*engine.stream(feeds, ["b", "x", "a"]), strict=True)
+        made = [name for name, _ in engine._values({"x": torch.from_numpy(feeds["x"])})]
+        with pytest.raises(EngineError, match=r"op\.onnx: has no tensor 'nowhere'\.$"):
+            engine.stream(feeds, ["nowhere"])
+    assert names == ("x", "a", "b") and made == ["x", "a", "b", "c", "y"]
+    np.testing.assert_array_equal(arrays[0], feeds["x"])
+    np.testing.assert_allclose(arrays[2], -np.exp(feeds["x"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["additive", "scale-shift"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_network_on_another_device_never_mixes_devices(
+    kind: str, quantized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's device without memory stands for a GPU: its tensors have shapes, and no values that could be read."""
+    pytest.importorskip("diffusers")
+    import onnx_ir as ir
+    from export_helpers import feeds_for as unet_feeds
+    from export_helpers import minmax_plan, traced
+
+    from qncd_deploy.export.passes.insert_qdq import InsertQDQ
+
+    _, specs, model = traced(kind)
+    feeds = unet_feeds(specs, batch=3)
+    if quantized:
+        model = model.clone()
+        InsertQDQ(minmax_plan(model, feeds))(model)
+    ir.save(model, tmp_path / "unet.onnx")
+    away = torch.device("meta")
+    monkeypatch.setattr(torch_ref.TorchEngine, "device", away)
+
+    def watched(name: str, run: Operator) -> Operator:
+        def operator(*inputs: torch.Tensor | None, **attributes: object) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            devices = {x.device for x in inputs if x is not None}
+            assert len(devices) < 2 or run in read_as_numbers, name
+            return run(*inputs, **attributes)
+
+        return operator
+
+    read_as_numbers = {OPERATORS[op] for op in torch_ref.READ_AS_NUMBERS}
+    with open_engine("torch", tmp_path / "unet.onnx") as engine:
+        given = {name: engine._placed(torch.from_numpy(array)) for name, array in feeds.items()}
+        found = dict(engine._values(given, watched))
+    assert found["out"].device == away and found["out"].shape == feeds["sample"].shape
+    assert {tensor.device.type for tensor in found.values()} == {"cpu", "meta"}
 
 
 def test_an_error_of_a_weight_moves_the_output_as_much_as_it_says(tmp_path: Path) -> None:

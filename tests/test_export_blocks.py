@@ -9,10 +9,10 @@ pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from export_helpers import feeds_for, parsed, run, small_network, traced  # noqa: E402
+from export_helpers import feeds_for, instrument, parsed, run, small_network, traced  # noqa: E402
 
 from qncd_deploy.export.blocks import MOST_LAYERS, find_blocks  # noqa: E402
-from qncd_deploy.export.graph import Inputs, find_inputs, find_sites, instrument  # noqa: E402
+from qncd_deploy.export.graph import Inputs, find_inputs, find_sites  # noqa: E402
 from qncd_deploy.reconstruct.segment import Segment  # noqa: E402
 
 

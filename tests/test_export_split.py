@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import feeds_for, minmax_plan, relative_rms, run, run_torch, traced
+from export_helpers import feeds_for, instrument, minmax_plan, relative_rms, run, run_torch, traced
 from skip_network import MAIN, SHORTCUT, H, S, skip_feeds, skip_network
 
 from qncd_deploy.errors import ExportError
-from qncd_deploy.export.graph import find_sites, instrument
+from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.smooth import FoldSmoothing

@@ -146,7 +146,7 @@ def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_sa
     network, policy = read_network(options), policy_of(options)
     calib = load_user_npz(own.calibration, network.facts.inputs)
     edges = [site.input for site in network.sites if decide(site, policy)[0]]
-    with probing(network.model, edges, tmp_path) as probe:
+    with probing(network.model, tmp_path) as probe:
         stats = observe(probe, calib.batches(8), edges)
     monkeypatch.setattr("qncd_deploy.pipeline.sensitivity.MEMORY_BYTES", 1)
     with caplog.at_level("INFO"):

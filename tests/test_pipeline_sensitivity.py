@@ -114,7 +114,7 @@ def stats(
     network: FloatNetwork, sites: list[LayerSite], calib: CalibSet, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, TensorStats]:
     edges = list(dict.fromkeys(site.input for site in sites))
-    with probing(network.model, edges, tmp_path_factory.mktemp("ranges")) as probe:
+    with probing(network.model, tmp_path_factory.mktemp("ranges")) as probe:
         return observe(probe, calib.batches(8), edges)
 
 

@@ -13,11 +13,11 @@ ir = pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from export_helpers import minmax_plan, parsed, relative_rms, run, small_network  # noqa: E402
+from export_helpers import instrument, minmax_plan, parsed, relative_rms, run, small_network  # noqa: E402
 
 from qncd_deploy.calib.observers import TensorStats  # noqa: E402
 from qncd_deploy.errors import CalibrationError  # noqa: E402
-from qncd_deploy.export.graph import Inputs, instrument  # noqa: E402
+from qncd_deploy.export.graph import Inputs  # noqa: E402
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
 from qncd_deploy.files import canonical_json  # noqa: E402
 from qncd_deploy.quant.grid import dequantize, fake_quantize, quantize  # noqa: E402

@@ -76,6 +76,15 @@ BACKENDS: Mapping[str, Backend] = {
             roles={"f32": "master"},
         ),
         Backend(
+            "torch-cuda",
+            "qncd_deploy.engines.torch_ref",
+            "TorchCudaEngine",
+            package="torch",
+            install=install_line("export"),
+            roles={"f32": "master"},
+            device="gpu",
+        ),
+        Backend(
             "tensorrt",
             "qncd_deploy.engines.trt.run",
             "TrtEngine",
@@ -282,6 +291,20 @@ def default_backend() -> str:
         if backend_status(backend).missing is None:
             return backend.name
     raise BackendMissing(f"no inference engine on this machine. Install one: {BACKENDS['openvino'].install}")
+
+
+def torch_backend() -> str:
+    """torch on the GPU where it has one, else on the CPU: what can read and differentiate every tensor of a graph."""
+    return "torch" if backend_status(BACKENDS["torch-cuda"]).missing else "torch-cuda"
+
+
+def computing_backend() -> str:
+    """What exporting runs networks on: the GPU that torch has, else the default. CUDA_VISIBLE_DEVICES= hides the GPU.
+
+    Raises: BackendMissing as default_backend does.
+    """
+    gpu = torch_backend()
+    return gpu if BACKENDS[gpu].device == "gpu" else default_backend()
 
 
 def available_backends() -> tuple[BackendStatus, ...]:

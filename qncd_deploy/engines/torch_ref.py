@@ -1,12 +1,14 @@
-"""The yardstick: an ONNX graph run node by node in torch on the CPU, with no fusion, folding or rewriting.
+"""The yardstick: an ONNX graph run node by node in torch, with no fusion, folding or rewriting.
 
-Slow and plain, so that what the other engines return can be held against it: every Q/DQ pair rounds where the graph
-says.
+Plain, so that what the other engines return can be held against it: every Q/DQ pair rounds where the graph says, and
+every tensor between two nodes can be read. On a GPU it computes the same in float32 (no TF32), which is what exporting
+a large network there runs on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,27 @@ import torch
 from onnx import external_data_helper, numpy_helper
 from torch import Tensor
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds
-from qncd_deploy.engines.torch_ops import OPERATORS, Operator, torch_dtype
-from qncd_deploy.errors import BuildFailed, EngineError, first_line
+from qncd_deploy.engines.base import Backend, BaseEngine, Remainder, check_feeds
+from qncd_deploy.engines.torch_ops import OPERATORS, READ_AS_NUMBERS, Operator, torch_dtype
+from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
 OPSETS = range(13, 24)
 
+Wrap = Callable[[str, Operator], Operator]
+
+_NARROW = (torch.int8, torch.uint8)
+"""Of integers, those that are weights."""
+
+
+def _unwrapped(name: str, run: Operator) -> Operator:
+    return run
+
 
 class TorchEngine(BaseEngine):
     """Interprets an ONNX graph with the table in torch_ops; tensors are dropped after their last use."""
+
+    device = torch.device("cpu")
 
     def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
         assert remainder == "f32"
@@ -44,26 +57,42 @@ class TorchEngine(BaseEngine):
         if any(n.op_type == "QuantizeLinear" and nibbles & {*n.input} for n in graph.node):
             raise BuildFailed(f"{path}: the torch engine reads 4-bit tensors, it makes none.")
         try:
-            self._weights = {tensor.name: _weight(tensor, path.parent) for tensor in graph.initializer}
+            numbers = {name for node in graph.node if node.op_type in READ_AS_NUMBERS for name in node.input[1:]}
+            weights = {tensor.name: _weight(tensor, path.parent) for tensor in graph.initializer}
+            self._weights = {n: weight if n in numbers else self._placed(weight) for n, weight in weights.items()}
             self._nodes = [(node, _attributes(node)) for node in graph.node]
             given = [value for value in graph.input if value.name not in self._weights]
             inputs = {value.name: _spec(value) for value in given}
             outputs = {value.name: _spec(value) for value in graph.output}
-        except (ValueError, OSError) as exc:
+        except (ValueError, OSError, torch.OutOfMemoryError) as exc:
             raise BuildFailed(f"{path}: {first_line(exc)}.") from exc
         self._threads = threads
         self._expired = _last_uses(graph)
         super().__init__(engine_id, path, inputs, outputs)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        usual = torch.get_num_threads()
-        torch.set_num_threads(self._threads or usual)
-        try:
-            with torch.inference_mode():
-                found = self._interpret({name: torch.tensor(array) for name, array in feeds.items()})
-            return {name: tensor.numpy() for name, tensor in found.items()}
-        finally:
-            torch.set_num_threads(usual)
+        found = dict(self._computed(feeds, self.outputs))
+        return {name: found[name] for name in self.outputs}
+
+    def stream(self, feeds: Mapping[str, np.ndarray], names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Tensors of the graph by name, inner ones too, each as soon as it is computed; nothing behind the last of them
+        is computed. Raises EngineError as a call does, and for a name that is not there.
+        """
+        known = self.inputs.keys() | self._weights.keys() | {name for node, _ in self._nodes for name in node.output}
+        if unknown := sorted(set(names) - known):
+            raise EngineError(f"{self.path}: has no tensor {unknown[0]!r}.")
+        return self._computed(check_feeds(self.path, self.inputs, feeds), names)
+
+    def _computed(self, feeds: Mapping[str, np.ndarray], names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        wanted = set(names)
+        values = self._values({name: self._placed(torch.tensor(array)) for name, array in feeds.items()})
+        while wanted:
+            with self._settings(), torch.inference_mode():  # not while the caller has the turn
+                name, tensor = next(values)
+                array = tensor.cpu().numpy() if name in wanted else None
+            if array is not None:
+                wanted.remove(name)
+                yield name, array
 
     def input_gradients(
         self, feeds: Mapping[str, np.ndarray], nodes: Collection[str], cotangent: np.ndarray
@@ -82,12 +111,13 @@ class TorchEngine(BaseEngine):
 
             return operator if name in nodes else run
 
-        with torch.enable_grad():
+        with self._settings(), torch.enable_grad():
             (out,) = self._interpret(self._differentiable(feeds), tapped).values()
             reached = {name: tensor for name, tensor in taps.items() if tensor.requires_grad}
-            found = torch.autograd.grad(out, list(reached.values()), torch.from_numpy(cotangent), allow_unused=True)
+            weights = self._placed(torch.from_numpy(cotangent))
+            found = torch.autograd.grad(out, list(reached.values()), weights, allow_unused=True)
         return {
-            name: (tensor.detach().numpy(), gradient.numpy())
+            name: (tensor.detach().cpu().numpy(), gradient.cpu().numpy())
             for (name, tensor), gradient in zip(reached.items(), found, strict=True)
             if gradient is not None
         }
@@ -109,9 +139,10 @@ class TorchEngine(BaseEngine):
         def watched(name: str, run: Operator) -> Operator:
             def operator(x: Tensor, *others: Tensor | None, **attributes: Any) -> Tensor | tuple[Tensor, ...]:
                 def measure(gradient: Tensor) -> None:
-                    moved = (run(x.detach(), torch.from_numpy(error), **attributes) for error in errors[name]())
+                    given = (self._placed(torch.from_numpy(error)) for error in errors[name]())
+                    moved = (run(x.detach(), error, **attributes) for error in given)
                     rows = [(gradient * each).reshape(len(cotangent), -1).sum(1, dtype=torch.float64) for each in moved]
-                    found[name] = torch.stack(rows).numpy()
+                    found[name] = torch.stack(rows).cpu().numpy()
 
                 y = run(x, *others, **attributes)
                 assert isinstance(y, Tensor)
@@ -120,36 +151,86 @@ class TorchEngine(BaseEngine):
 
             return operator if name in errors else run
 
-        with torch.enable_grad():
+        with self._settings(), torch.enable_grad():
             (out,) = self._interpret(self._differentiable(feeds), watched).values()
-            out.backward(torch.from_numpy(cotangent))
+            out.backward(self._placed(torch.from_numpy(cotangent)))
         return found
 
     def _differentiable(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        given = {name: torch.tensor(array) for name, array in check_feeds(self.path, self.inputs, feeds).items()}
+        checked = check_feeds(self.path, self.inputs, feeds)
+        given = {name: self._placed(torch.tensor(array)) for name, array in checked.items()}
         return {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in given.items()}
 
-    def _interpret(
-        self, values: dict[str, Tensor], wrap: Callable[[str, Operator], Operator] = lambda name, run: run
-    ) -> dict[str, Tensor]:
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """torch's own, which are the program's, as this engine computes."""
+        usual = torch.get_num_threads()
+        torch.set_num_threads(self._threads or usual)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(usual)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Where it is computed with: wide integers are mostly shapes and axes, which the operators read as numbers."""
+        return self._sent(tensor) if tensor.is_floating_point() or tensor.dtype in _NARROW else tensor
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def _interpret(self, values: dict[str, Tensor], wrap: Wrap = _unwrapped) -> dict[str, Tensor]:
         """Outputs by name. wrap: what to run for a node, from the name of its first output and its operator."""
+        found = {name: tensor for name, tensor in self._values(values, wrap) if name in self.outputs}
+        return {name: found[name] for name in self.outputs}
+
+    def _values(self, values: dict[str, Tensor], wrap: Wrap = _unwrapped) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name: weights and inputs, then what each node puts out."""
         values = {**self._weights, **values}
+        yield from list(values.items())
         for (node, attributes), expired in zip(self._nodes, self._expired, strict=True):
-            inputs = [values[name] if name else None for name in node.input]
+            inputs = self._together(node.op_type, [values[name] if name else None for name in node.input])
             try:
                 results = wrap(node.output[0], OPERATORS[node.op_type])(*inputs, **attributes)
             except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as exc:
                 where = f"{node.op_type} {node.name or node.output[0]!r}"
                 raise EngineError(f"{self.path}: {where} failed in the torch engine ({first_line(exc)}).") from exc
             several = results if isinstance(results, tuple) else (results,)
-            values.update(zip(node.output, several, strict=False))  # optional outputs at the end may be left out
+            made = dict(zip(node.output, several, strict=False))  # optional outputs at the end may be left out
+            values |= made
+            yield from made.items()
             for name in expired:
                 values.pop(name, None)
-        return {name: values[name] for name in self.outputs}
+
+    def _together(self, op: str, inputs: list[Tensor | None]) -> list[Tensor | None]:
+        """Operands on one device: what was computed from shapes may meet what was computed from values."""
+        if op in READ_AS_NUMBERS or len({x.device for x in inputs if x is not None}) < 2:
+            return inputs
+        return [x if x is None else self._sent(x) for x in inputs]
 
     def _close(self) -> None:
         self._weights.clear()
         self._nodes.clear()
+
+
+class TorchCudaEngine(TorchEngine):
+    """The same on an NVIDIA GPU."""
+
+    device = torch.device("cuda")
+
+    @classmethod
+    def library_version(cls, backend: Backend) -> str | None:
+        if not torch.cuda.is_available():
+            raise BackendMissing(
+                f"{backend.name}: torch {torch.__version__} finds no CUDA device. It needs an NVIDIA GPU and a torch "
+                "built for CUDA: pip install torch"
+            )
+        return super().library_version(backend)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        exact = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+        with super()._settings(), torch.backends.cudnn.flags(enabled=True, **exact):
+            yield
 
 
 def _last_uses(graph: onnx.GraphProto) -> list[list[str]]:

@@ -212,21 +212,3 @@ def _is_one_token(flow: Flow, data: ir.Value) -> bool:
     """
     given = (value for value in flow.model.graph.inputs if value.name in flow.sources[data])
     return all(value.shape is not None and len(value.shape) == 3 and value.shape[1] == 1 for value in given)
-
-
-def instrument(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """A copy whose outputs are its own and the named tensors, for observing ranges; weights are shared, not copied.
-
-    Names of graph inputs are left out: their values are in the feeds already.
-    Raises: ExportError if a name is not a tensor of the graph.
-    """
-    copy = model.clone()
-    tensors = {output.name: output for node in copy.graph for output in node.outputs}
-    known = {value.name for value in (*copy.graph.inputs, *copy.graph.outputs)}
-    for name in dict.fromkeys(names):
-        if name in known:
-            continue
-        if name not in tensors:
-            raise ExportError(f"edge {name!r}: not a tensor of this graph. The plan was made from another network.")
-        copy.graph.outputs.append(tensors[name])
-    return copy

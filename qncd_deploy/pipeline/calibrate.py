@@ -12,11 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.trajectories import CalibSet, ConditionRows, Recipe, load_user_npz, record
-from qncd_deploy.engines.base import default_backend, open_engine
+from qncd_deploy.engines.base import computing_backend, open_engine, torch_backend
 from qncd_deploy.engines.eps_model import EngineModel
-from qncd_deploy.engines.ort import OrtEngine
+from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.errors import CalibrationError
-from qncd_deploy.export.graph import instrument, row_values
+from qncd_deploy.export.graph import row_values
 from qncd_deploy.export.save import on_disk
 from qncd_deploy.files import sha256_file
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
@@ -27,7 +27,7 @@ from qncd_deploy.specs import TensorSpec
 ROWS = 32
 NUMBERS = 1 << 16
 """Rows per run of a float graph, fewer where they hold more than NUMBERS numbers: 5 of 3x64x64. Activations grow with
-both, and ONNX Runtime holds every observed tensor until a run ends, whether it is fetched or not."""
+both."""
 
 PICTURES = 16
 """Pictures sampled together before there is a bundle; fewer as with ROWS."""
@@ -47,7 +47,7 @@ def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, 
     if options.calib_data is not None:
         return load_user_npz(options.calib_data, network.facts.inputs)
     recipe = _recipe(network, options)
-    with open_engine(default_backend(), graph) as engine:
+    with open_engine(computing_backend(), graph) as engine:
         rows = recipe.batch_size * (1 if recipe.null is None else 2)
         model = EngineModel.of(engine, rows=rows)
         return record(model, recipe, options.calib_dir / name, resume=options.resume, progress=tick)
@@ -86,23 +86,21 @@ def digest_of(files: Mapping[str, Path]) -> str:
 class Probe:
     """A float graph whose inner tensors can be asked for; see calib.observe.Run. row_bytes: how large they are."""
 
-    def __init__(self, engine: OrtEngine, row_bytes: Mapping[str, int]) -> None:
+    def __init__(self, engine: TorchEngine, row_bytes: Mapping[str, int]) -> None:
         self.row_bytes = row_bytes
         self._engine = engine
 
-    def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> dict[str, np.ndarray]:
-        inner = [name for name in names if name not in feeds]
-        return {**{name: feeds[name] for name in names if name in feeds}, **self._engine.fetch(feeds, inner)}
+    def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> Iterator[tuple[str, np.ndarray]]:
+        return self._engine.stream(feeds, names)
 
 
 @contextmanager
-def probing(model: ir.Model, names: Sequence[str], scratch: Path) -> Iterator[Probe]:
-    """Open a graph so that the named tensors can be fetched; its copy in `scratch` goes with the block."""
-    with on_disk(instrument(model, names), scratch) as graph, open_engine("onnxruntime", graph) as engine:
-        assert isinstance(engine, OrtEngine)
+def probing(model: ir.Model, scratch: Path) -> Iterator[Probe]:
+    """Open a graph so that its tensors can be read; its copy in `scratch` goes with the block."""
+    with on_disk(model, scratch) as graph, open_engine(torch_backend(), graph) as engine:
+        assert isinstance(engine, TorchEngine)
         tensors = (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))
-        sizes = {tensor.name: 4 * row_values(tensor) for tensor in tensors}
-        yield Probe(engine, sizes)
+        yield Probe(engine, {tensor.name: 4 * row_values(tensor) for tensor in tensors})
 
 
 def in_batches(
@@ -138,7 +136,7 @@ def fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[s
     """The named tensors for all rows, (rows, ...) each."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for feeds in in_batches(rows, network.facts.inputs):
-        for name, array in probe(feeds, names).items():
+        for name, array in probe(feeds, names):
             found[name].append(array)
     return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.trajectories import CalibSet
-from qncd_deploy.engines.base import BaseEngine, default_backend, find_backend, open_engine
+from qncd_deploy.engines.base import BaseEngine, computing_backend, find_backend, open_engine
 from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.save import on_disk
@@ -60,10 +60,10 @@ def output_errors(
 
 @contextmanager
 def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[BaseEngine]:
-    """Open a float graph (no plan) or a master of `plan` with the default engine of this machine, in float32.
+    """Open a float graph (no plan) or a master of `plan` with what exporting computes on here, in float32.
     Several may be open at a time.
     """
-    backend = find_backend(default_backend())
+    backend = find_backend(computing_backend())
     if backend.role() == "ort" and plan is not None:
         graph = graph.clone()
         OrtSibling(plan)(graph)

@@ -178,8 +178,8 @@ def _ranges(
     edges = [site.input for site in smoothed]
     edges += [site.output for site in smoothed if site.op == "Conv"]
     edges += [site.input for site in plain]
-    with probing(models[1], edges, scratch) as probe:
-        return observe(probe, counted(network, calib, tick), edges, row_bytes=probe.row_bytes)
+    with probing(models[1], scratch) as probe:
+        return observe(probe, counted(network, calib, tick), edges)
 
 
 def _graphs(model: ir.Model, master: ir.Model, plan: QuantPlan) -> dict[str, ir.Model]:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
-from qncd_deploy.engines.base import open_engine
+from qncd_deploy.engines.base import open_engine, torch_backend
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.export.graph import backward_bytes, row_macs
 from qncd_deploy.export.passes.common import constant
@@ -126,7 +126,7 @@ def _probed(model: ir.Model, network: FloatNetwork, calib: CalibSet, scratch: Pa
     """ROWS rows of the calibration set in batches, with the same probes each time."""
     rows = np.unique(np.linspace(0, len(calib) - 1, min(ROWS, len(calib))).astype(int))
     rng = np.random.default_rng(0)
-    with on_disk(model, scratch) as graph, open_engine("torch", graph) as engine:
+    with on_disk(model, scratch) as graph, open_engine(torch_backend(), graph) as engine:
         assert isinstance(engine, TorchEngine)
         for feeds in in_batches(calib.take(rows), network.facts.inputs, _batch_size(model, network)):
             (out,) = engine(feeds).values()

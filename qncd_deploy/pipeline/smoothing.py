@@ -172,9 +172,9 @@ def _blocks(
     edges = [block.edge for block in blocks]
     embeddings = [edge for block in blocks for edge in block.emb]
     decisions = {}
-    with probing(network.model, [*edges, *embeddings], scratch) as probe:
+    with probing(network.model, scratch) as probe:
         some = spread_rows(calib, RANGE_ROWS)
-        seen = observe(probe, counted(network, some, tick), edges, row_bytes=probe.row_bytes)
+        seen = observe(probe, counted(network, some, tick), edges)
         spoken = fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
         for edge, fit, held_out in edge_samples(probe, network, calib, edges):
             for block in (block for block in blocks if block.edge == edge):
@@ -203,7 +203,7 @@ def _linears(
     """What SmoothQuant does to the quantized outputs of all Linears that read an edge, by the name of the first."""
     by_name = {edge.name: edge for edge in edges}
     decisions: dict[str, Decision] = {}
-    with probing(network.model, list(by_name), scratch) as probe:
+    with probing(network.model, scratch) as probe:
         for name, fit, held_out in edge_samples(probe, network, calib, list(by_name)):
             edge = by_name[name]
             readers = [_reader(network, site) for site in edge.layers]

@@ -65,7 +65,7 @@ def find_splitting(
         return Splitting({}, ())
     errors = {}
     edges = [skip.input for skip in skips]
-    with probing(network.model, edges, scratch) as probe:
+    with probing(network.model, scratch) as probe:
         for edge, fit, held_out in edge_samples(probe, network, calib, edges):
             for skip in (skip for skip in skips if skip.input == edge):
                 weight = constant(network.model.graph.initializers[skip.name])
