@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cli_helpers import qncd
 
-from qncd_deploy.engines.base import BACKENDS, backend_status
+from qncd_deploy.engines.base import BACKENDS, backend_status, computing_backend, open_engine, torch_backend
 from qncd_deploy.engines.trt.cuda import open_arrays
 from qncd_deploy.engines.trt.device import find_device
 from qncd_deploy.engines.trt.library import open_library
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 NATIVE = ("tensorrt", "tensorrt-rtx")
 
 
-@pytest.fixture(params=[name for name, backend in BACKENDS.items() if backend.device == "gpu"])
+@pytest.fixture(params=[name for name, backend in BACKENDS.items() if "f16" in backend.remainders])
 def backend(request: pytest.FixtureRequest) -> str:
     status = backend_status(BACKENDS[request.param])
     if status.missing:
@@ -47,6 +47,26 @@ def gpu() -> None:
         find_device()
     except BackendMissing as exc:
         pytest.skip(str(exc))
+
+
+@pytest.mark.parametrize("role", ["float", "master"])
+def test_exporting_computes_on_the_gpu_what_it_does_on_the_cpu(bundle: Path, role: str) -> None:
+    if missing := backend_status(BACKENDS["torch-cuda"]).missing:
+        pytest.skip(missing)
+    assert computing_backend() == torch_backend() == "torch-cuda"
+    graph = Bundle.open(bundle).file(role)
+    with open_engine("torch", graph) as cpu, open_engine("torch-cuda", graph) as gpu:
+        rng = np.random.default_rng(0)
+        feeds = {
+            name: np.zeros((4, *spec.shape[1:]), spec.dtype)
+            if spec.dtype.startswith("int")
+            else rng.standard_normal((4, *spec.shape[1:])).astype(spec.dtype)
+            for name, spec in cpu.inputs.items()
+        }
+        (expected,), (found,) = cpu(feeds).values(), gpu(feeds).values()
+    # Float: sums in another order. Quantized: a value next to an edge may round the other way, one step in 255.
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < (1e-5 if role == "float" else 1e-2)
 
 
 def test_arrays_do_what_numpys_do() -> None:

@@ -227,6 +227,9 @@ def export_command(**given: Any) -> None:
     CHECKPOINT is a CompVis .ckpt or .safetensors with its YAML, one of Stable Diffusion (1, 2, XL) with its tokenizer/
     beside it, a DDPM checkpoint as the CIFAR-10 scripts of the papers load it, a diffusers folder, or a float .onnx
     graph.
+
+    It computes on the GPU where torch finds a CUDA device, else on the CPU engines of this machine;
+    CUDA_VISIBLE_DEVICES= hides the GPU.
     """
     names = ("int8", "int4", "dry_run", "as_json", "verbose", "require_psnr", "require_shift_below")
     flags = {key: given.pop(key) for key in names}

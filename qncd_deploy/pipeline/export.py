@@ -19,7 +19,9 @@ from qncd_deploy.bundle import MANIFEST, Manifest, TextFacts, check_files, read_
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import (
     BACKENDS,
+    Backend,
     backend_status,
+    computing_backend,
     make_engine_id,
 )
 from qncd_deploy.errors import BundleError, QncdError
@@ -309,9 +311,20 @@ def _decision(name: str, smoothing: Smoothing) -> dict[str, Any]:
     }
 
 
+def _fitted_engines() -> list[Backend]:
+    """All CPU engines of this machine. Where exporting computes on a GPU, that alone: a network that asks for one takes
+    hours on a CPU, and engines that are built later are fitted then.
+    """
+    computing = BACKENDS[computing_backend()]
+    if computing.device == "gpu":
+        return [computing]
+    cpu = (backend for backend in BACKENDS.values() if backend.device == "cpu" and backend.name != "torch")
+    return [backend for backend in cpu if backend_status(backend).missing is None]
+
+
 def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:
-    """Tables for every CPU engine of this machine, by engine id. The first one's best methods are the others' entrants:
-    which corrections suit a network depends little on who runs it, how large they must be does.
+    """Tables by engine id. The first one's best methods are the others' entrants: which corrections suit a network
+    depends little on who runs it, how large they must be does.
     """
     work = options.calib_dir / _name(options) / f"fits-{options.format}"
     with Recordings.open(work, bundle, resume=options.resume) as recordings:
@@ -324,9 +337,7 @@ def _fitted_on_cpus(
     auto = options.correction == "auto"
     found: dict[str, Fitted] = {}
     shortlist: tuple[str, ...] | None = None
-    for backend in BACKENDS.values():
-        if backend.name == "torch" or backend.device != "cpu" or backend_status(backend).missing is not None:
-            continue
+    for backend in _fitted_engines():
         fit_options = FitOptions(
             backend.name,
             shortlist=shortlist,

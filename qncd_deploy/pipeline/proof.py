@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qncd_deploy.engines.base import default_backend
+from qncd_deploy.engines.base import computing_backend
 from qncd_deploy.errors import Diverged
 from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison, Variant, compare
@@ -27,7 +27,7 @@ CORRECTED, PLAIN = "as sampled", "uncorrected"
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """The figures of the default engine, corrected as `auto` says and, if that is not off, uncorrected too."""
+    """The figures of what exporting computes on, corrected as `auto` says and, if that is not off, uncorrected too."""
 
     comparison: Comparison
 
@@ -55,11 +55,11 @@ class Proof:
 
 
 def prove(bundle: Bundle, *, size: int, seed: int, tick: Tick) -> Proof:
-    """Sample the float twin and the quantized network, with the same seeds, on the default engine of this machine.
+    """Sample the float twin and the quantized network, with the same seeds, on what exporting computes on.
 
     Raises: Diverged if a picture is not finite as the bundle samples by default, and what compare raises.
     """
-    backend = default_backend()
+    backend = computing_backend()
     variants = [Variant(CORRECTED, backend)]
     with variants[0].open(bundle, Draw(1)) as sampler:
         corrected = sampler.table.method != "off"
