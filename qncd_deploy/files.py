@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,12 @@ def make_folder(path: Path) -> None:
     """Make a folder, and those above it, unless it is there. Raises BundleError if it cannot be made."""
     with _os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out now, before hours of work, whether files can be written in a folder. Raises BundleError."""
+    with _os_errors(folder), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager

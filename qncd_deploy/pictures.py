@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qncd_deploy.errors import BundleError, UsageError
-from qncd_deploy.files import atomic_file, save_npz
+from qncd_deploy.files import atomic_file, require_writable, save_npz
 
 _GAP = 2  # pixels between the pictures of a grid
 
@@ -62,11 +62,13 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def check_output(out: Path) -> None:
     """Refuse an output that save_pictures could not write, before anything is sampled. Raises as that does."""
     if out.is_dir():
+        require_writable(out)
         return
     if out.suffix.lower() not in (".png", ".npz"):
         raise UsageError(f"{out}: neither .png, .npz nor an existing folder. Name one of these after -o.")
     if not out.parent.is_dir():
         raise BundleError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
+    require_writable(out.parent)
 
 
 def save_pictures(out: Path, pictures: Pictures) -> None:

@@ -25,6 +25,7 @@ from test_runtime import FACTS, write_bundle  # noqa: E402
 
 from qncd_deploy.bundle import read_manifest, write_manifest  # noqa: E402
 from qncd_deploy.correct.record import CorrectionTable, StepFix, save_tables  # noqa: E402
+from qncd_deploy.errors import BundleError  # noqa: E402
 from qncd_deploy.evaluate.contest import Contest  # noqa: E402
 from qncd_deploy.runtime import Bundle, Sampling  # noqa: E402
 
@@ -88,6 +89,27 @@ def test_all_is_what_was_fitted_for_this_way_to_sample(bundle: Path, home: Path)
     ptqd, _, off, dns = facts["variants"]
     assert ptqd["psnr"] != off["psnr"] and ptqd["latent_mean_error"] != off["latent_mean_error"]
     assert dns["psnr"] == off["psnr"]
+
+
+def test_results_that_cannot_be_written_cost_no_pictures(
+    bundle: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "report").write_text("a file")
+    done = qncd("eval", bundle, *SMALL, "-o", "report")
+    assert done.code == 2 and "report: neither a .json file nor a folder" in done.line
+    assert not (home / "engines").exists()
+    (home / "report").unlink()
+
+    def full(*args: object, **more: object) -> None:
+        raise BundleError("report: disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qncd_deploy.cli.eval.write_results", full)
+        assert qncd("eval", bundle, *SMALL, "-o", "report").line == "qncd: report: disk full"
+    held = list((home / "engines/net-w8a8/eval").rglob("*.npz"))
+    assert len(held) == 6  # three batches of the float twin and of auto, which here is the same as off
+    assert qncd("eval", bundle, *SMALL, "-o", "report").code == 0
+    assert not (home / "engines/net-w8a8/eval").exists()
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
@@ -163,6 +185,9 @@ def test_gates_are_about_the_first_correction(bundle: Path, home: Path, gate: tu
         (["--ray-address", "10.0.0.1:6379"], 2, "--workers ray"),
         (["-o", "quality.html"], 2, "neither a .json file nor a folder"),
         (["-o", "no/such/quality.json"], 1, "the folder no/such does not exist"),
+        (["-o", "/proc/quality.json"], 1, "/proc: cannot be written"),
+        (["-o", "/proc/quality"], 1, "/proc: cannot be written"),
+        (["-o", "/proc"], 1, "/proc: cannot be written"),
         (["--data", "absent.npz", "--n-steps", "3"], 2, "--n-steps: nothing is sampled with --data"),
         (["--data", "absent.npz", "--require-psnr", "3"], 2, "--require-psnr: nothing is sampled with --data"),
         (["--data", "absent.npz"], 1, "absent.npz: no such file"),

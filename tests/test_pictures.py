@@ -94,6 +94,9 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -
             check_output(tmp_path / name)
     with pytest.raises(BundleError, match=r"nowhere/grid\.png: the folder .*nowhere does not exist"):
         check_output(tmp_path / "nowhere" / "grid.png")
+    for out in (Path("/proc"), Path("/proc/grid.png")):
+        with pytest.raises(BundleError, match=r"/proc: cannot be written"):
+            check_output(out)
     (tmp_path / "odd.npz").mkdir()
     check_output(tmp_path / "odd.npz")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["odd.npz"]

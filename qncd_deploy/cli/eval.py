@@ -36,7 +36,7 @@ from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.on_data import compare_on_data
 from qncd_deploy.evaluate.table import comparison_table
-from qncd_deploy.pipeline.evaluation import EvalOptions, evaluate, evaluation_json
+from qncd_deploy.pipeline.evaluation import EvalOptions, evaluated, evaluation_json
 from qncd_deploy.pipeline.results import check_output, write_json, write_results
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.subjects import parse_labels
@@ -118,20 +118,19 @@ def eval_command(context: click.Context, /, bundle: Path, as_json: bool, **flags
         _on_data(opened, flags, as_json)
         return
     options = _options(opened, bundle, flags)
-    with Bars().stage("evaluating") as tick:
-        found = evaluate(opened, options, tick)
-    facts = evaluation_json(opened, options, found)
-    if flags["out"] is not None:
-        write_results(
-            flags["out"],
-            opened,
-            facts,
-            name=JSON,
-            comparison=found,
-            sampling=options.draw.sampling,
-            tables=options.tables,
-            command=typed_command(),
-        )
+    with Bars().stage("evaluating") as tick, evaluated(opened, options, tick) as found:
+        facts = evaluation_json(opened, options, found)
+        if flags["out"] is not None:
+            write_results(
+                flags["out"],
+                opened,
+                facts,
+                name=JSON,
+                comparison=found,
+                sampling=options.draw.sampling,
+                tables=options.tables,
+                command=typed_command(),
+            )
     if as_json:
         print_json(facts)
     else:

@@ -44,8 +44,12 @@ class EvalOptions:
     blobs: tuple[Path, ...] = ()
 
 
-def evaluate(bundle: Bundle, options: EvalOptions, tick: Tick) -> Comparison:
+@contextmanager
+def evaluated(bundle: Bundle, options: EvalOptions, tick: Tick) -> Iterator[Comparison]:
     """Measure every correction, in the order asked for, named as it was asked for.
+
+    What was drawn is deleted when the block ends, unless it is to be kept or the block ends with an error, such as that
+    of a disk too full for the results.
 
     Raises: UsageError for a bundle that cannot sample, ScheduleError for a correction that was not fitted for this way
     to sample, BackendMissing for an absent Ray, and what compare raises.
@@ -64,7 +68,7 @@ def evaluate(bundle: Bundle, options: EvalOptions, tick: Tick) -> Comparison:
         crew_of(ray=options.ray, address=options.ray_address, threads=options.draw.threads) as crew,
         Store.open(options.work, [bundle], keep=options.keep) as store,
     ):
-        return compare(bundle, variants, options.draw, look=look, store=store, crew=crew, on_progress=tick)
+        yield compare(bundle, variants, options.draw, look=look, store=store, crew=crew, on_progress=tick)
 
 
 def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison) -> dict[str, Any]:

@@ -9,17 +9,21 @@ from typing import Any
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.evaluate.bench_result import BenchResult
 from qncd_deploy.evaluate.compare import Comparison
-from qncd_deploy.files import atomic_file, canonical_json
+from qncd_deploy.files import atomic_file, canonical_json, make_folder, require_writable
 from qncd_deploy.pipeline.proof import write_page
 from qncd_deploy.runtime import AS_EXPORTED, Bundle, Sampling
 
 
 def check_output(out: Path) -> None:
     """Refuse what write_json could not write, before anything is measured. Raises as that does."""
-    if out.suffix not in ("", ".json") and not out.is_dir():
+    if out.is_dir():
+        require_writable(out)
+        return
+    if out.suffix not in ("", ".json") or (out.exists() and out.suffix != ".json"):
         raise UsageError(f"{out}: neither a .json file nor a folder. Name one of these after -o.")
     if not out.parent.is_dir():
         raise BundleError(f"{out}: the folder {out.parent} does not exist. Make it, or name another.")
+    require_writable(out.parent)
 
 
 def write_json(out: Path, facts: Mapping[str, Any], *, name: str) -> None:
@@ -29,7 +33,7 @@ def write_json(out: Path, facts: Mapping[str, Any], *, name: str) -> None:
     """
     check_output(out)
     if out.suffix != ".json" or out.is_dir():
-        out.mkdir(exist_ok=True)
+        make_folder(out)
         out = out / name
     with atomic_file(out) as partial:
         partial.write_text(canonical_json(facts), encoding="utf-8")
