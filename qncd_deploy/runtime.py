@@ -23,6 +23,7 @@ from qncd_deploy.bundle import Manifest, check_files, read_manifest
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, Tables, identity_table, load_tables
 from qncd_deploy.engines.base import (
     BaseEngine,
+    Effort,
     Remainder,
     default_backend,
     find_backend,
@@ -60,10 +61,11 @@ AS_EXPORTED = Sampling()
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest was read and whose files were checked."""
+    """A bundle on disk whose manifest was read and whose files were checked. effort: for engines compiled for a run."""
 
     path: Path
     manifest: Manifest
+    effort: Effort = BaseEngine.effort
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -129,7 +131,7 @@ class Bundle:
         """
         with ExitStack() as opened:
             parts = [
-                opened.enter_context(open_engine(backend, self.file(role), remainder=remainder, threads=threads))
+                opened.enter_context(self.open_part(backend, role, remainder=remainder, threads=threads))
                 for role in roles
             ]
             engine = parts[0]
@@ -139,6 +141,12 @@ class Bundle:
                 engine = SteppedEngine(list(zip(floors, parts, strict=True)))
             opened.pop_all()
             return engine
+
+    def open_part(
+        self, backend: str, role: str, *, remainder: Remainder | None = "f32", threads: int | None = None
+    ) -> BaseEngine:
+        """The engine of one graph. Whoever opens it closes it. Raises as open_engine."""
+        return open_engine(backend, self.file(role), remainder=remainder, threads=threads, effort=self.effort)
 
     def graph_id(self, role: str) -> str:
         """Hash of a graph and of all external weights, which compiled blobs are keyed by."""
@@ -273,8 +281,7 @@ class Bundle:
             engines = dict(zip(roles, parts, strict=True))
             part = self._decoder_role(slicing=vae_slicing, tiling=vae_tiling)
             if part is not None:
-                decoder = open_engine(backend, self.file(part), remainder="f32", threads=threads)
-                engines[part] = opened.enter_context(decoder)
+                engines[part] = opened.enter_context(self.open_part(backend, part, threads=threads))
             self.load_blobs(engines, blobs)
             network = Network(
                 place=self.path,
@@ -359,8 +366,8 @@ class Bundle:
 
         def open_encoder(role: str) -> BaseEngine:
             with ExitStack() as opened:
-                graph, source = self.file(role), self.graph_id(role)
-                engine = opened.enter_context(open_engine(backend, graph, remainder="f32", threads=threads))
+                source = self.graph_id(role)
+                engine = opened.enter_context(self.open_part(backend, role, threads=threads))
                 give_blobs({source: engine}, [blob for blob in blobs if stored_source(blob) == source])
                 opened.pop_all()
                 return engine

@@ -276,7 +276,8 @@ class Runtime:
 class Machine:
     """A GPU and a TensorRT; its builder takes any graph that ONNX Runtime takes.
 
-    builds: the shapes of every engine that was built, in order;  watched: the inner tensors that were asked for;
+    builds: the shapes of every engine that was built, in order;  asked: their graphs' names, options, and how many
+    engines were loaded before;  watched: the inner tensors that were asked for;
     read: the graphs whose inputs and outputs a builder was asked for;
     tamper: changes what is built of unet-trt.onnx, as a builder with a fault would.
     """
@@ -287,6 +288,7 @@ class Machine:
         self.library = Library(kind, self.module, version)
         self.arrays = DeviceArrays(fake_cupy, GPU)
         self.builds: list[Mapping[str, tuple[int, ...]]] = []
+        self.asked: list[tuple[str, BuildOptions, int]] = []
         self.watched: list[Sequence[str]] = []
         self.read: list[Path] = []
         self.tamper: Callable[[onnx.ModelProto], None] | None = None
@@ -314,6 +316,7 @@ class Machine:
         self, library: Library, path: Path, options: BuildOptions, *, watch: Sequence[str] = (), **_: Any
     ) -> BuiltEngine:
         self.builds += options.profiles
+        self.asked.append((path.name, options, len(self.module.engines)))
         self.watched += [watch] if watch else []
         tamper = self.tamper if path.name == "unet-trt.onnx" else None
         if watch or tamper:

@@ -51,12 +51,12 @@ def test_an_engine_for_other_machines(bundle: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     """Full TensorRT 10.3 on an L4. It reads every graph as one convolution over the tiny network's latents; its engines
-    cannot run, so none is held against the float network.
+    cannot run, so none is held against the float network and nothing is fitted.
     """
     fake = FakeTensorRT("10.3.0", [b"unet", b"decoder"], shape=(-1, 3, 8, 8))
     monkeypatch.setattr(pipeline, "open_library", lambda name: Library(name, fake, parse_version(fake.__version__)))
     monkeypatch.setattr(pipeline, "find_device", lambda: GPU)
-    monkeypatch.setattr(pipeline, "Gate", lambda *args, **options: lambda *engine, **place: None, raising=False)
+    monkeypatch.setattr(pipeline, "_gate", lambda *args: "nothing runs here")
     return fake
 
 
@@ -66,7 +66,9 @@ def test_an_engine_for_this_gpu(bundle: Path, tmp_path: Path, gpu: FakeTensorRT)
     assert done.code == 0, done.err
     folder = tmp_path / bundle.name
     names = ["tensorrt-f16-10.3.0-sm89-b2.engine", "tensorrt-f32-10.3.0-sm89-decoder-b2.engine"]
-    for line, name, plan in zip(done.out.splitlines(), names, (b"unet", b"decoder"), strict=True):
+    lines = done.out.splitlines()
+    assert lines[1::2] == ["  not held against the float network: nothing runs here"] * 2
+    for line, name, plan in zip(lines[::2], names, (b"unet", b"decoder"), strict=True):
         assert line.startswith(f"{folder / name}  0.0 MiB  built in ") and line.endswith(
             "1 of 1 planned layers run quantized"
         )
@@ -119,6 +121,7 @@ def test_the_vendors_commands(bundle: Path, tmp_path: Path, gpu: FakeTensorRT) -
         (["tensorrt", "--target", "sm86"], 2, "--target sm86: tensorrt builds for the GPU it runs on"),
         (["tensorrt", "--threads", "2"], 2, "--threads: tensorrt runs on the GPU"),
         (["tensorrt", "--remainder", "bf16"], 1, "computes its float layers in f16, f32 only"),
+        (["openvino", "--no-check"], 2, "--no-check: openvino does not have it"),
         (["openvino", "--level", "2"], 2, "--level: openvino does not have it"),
         (["openvino", "--target", "sm86"], 2, "--target: openvino does not have it"),
         (["openvino", "--hardware-compatibility", "ampere-plus"], 2, "--hardware-compatibility: openvino does not"),

@@ -10,11 +10,13 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import onnx
 from engine_graphs import network_feeds, reference, save_network
 from fake_tensorrt import Machine, install
 
-from qncd_deploy.engines.base import BaseEngine, open_engine
+from qncd_deploy.engines.base import BaseEngine, Effort, open_engine
 from qncd_deploy.errors import BundleError, EngineError
+from qncd_deploy.evaluate.features import FeatureNetwork
 from qncd_deploy.evaluate.measure import Stopwatch
 
 LAST_BIT = 1e-5
@@ -58,6 +60,28 @@ def test_without_a_stored_engine_one_is_built_for_every_set_of_shapes(network: P
             feeds = network_feeds(rows)
             np.testing.assert_allclose(engine(feeds)["out"], reference(network, feeds), rtol=0, atol=LAST_BIT)
     assert [shapes["x"][0] for shapes in machine.builds] == [2, 3]
+
+
+def test_what_is_built_for_a_run_takes_no_more_than_it_may(network: Path, machine: Machine, tmp_path: Path) -> None:
+    with open_engine("tensorrt", network, effort=Effort(2, 1 << 30, tmp_path)) as engine:
+        engine(network_feeds())
+    ((_, asked, _),) = machine.asked
+    assert (asked.level, asked.workspace) == (2, 1 << 30)
+    assert asked.timing_cache == tmp_path / "timing-tensorrt-10.13.2-sm86.cache"
+
+
+def test_a_feature_network_is_built_for_one_number_of_pictures(machine: Machine, tmp_path: Path) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 18]>
+        net (float[n, 1, 2, 2] images) => (float[n, 4] features) { features = Flatten(images) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "features.onnx")
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 2, 2, 1), dtype=np.uint8)
+    with FeatureNetwork.open(tmp_path / "features.onnx", "tensorrt", effort=Effort(level=1)) as features:
+        for count in (1, 3, 70):
+            found = features(pictures[:count]).features
+            np.testing.assert_allclose(found, pictures[:count].reshape(count, 4) / 127.5 - 1, rtol=0, atol=1e-6)
+    assert [(shapes["images"][0], options.level) for _, options, _ in machine.asked for shapes in options.profiles] == [
+        (64, 1)
+    ]
 
 
 def shapes(rows: int) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qncd_deploy.engines.base import Kernel
+from qncd_deploy.engines.stored import move_stored
 from qncd_deploy.engines.trt.build import BuiltEngine
 from qncd_deploy.engines.trt.device import Device
 from qncd_deploy.engines.trt.kernels import Demands, KernelTable
@@ -55,6 +56,27 @@ def test_what_is_held_is_not_built_again_unless_anything_changed(tmp_path: Path)
     ):
         assert held_engine(path, other) is None
     assert held_engine(tmp_path / "none.engine", wanted) is None
+
+
+def test_an_engine_moves_with_what_lies_beside_it_and_says_something_new(tmp_path: Path) -> None:
+    path, target = stored(tmp_path / "aside/net.engine"), tmp_path / "net.engine"
+    path.with_suffix(".cache").write_bytes(b"compiled")
+    wanted = EngineFacts.of(FULL, L4, OPTIONS, source=SOURCE)
+    for place, why in ((path, "--no-check"), (target, None)):
+        held = held_engine(place, wanted)
+        assert held is not None
+        move_stored(place, target, replace(held, unchecked=why))
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["net.cache", "net.engine", "net.json"]
+        plan, facts = load_engine(target, FULL, L4, source=SOURCE)
+        assert (plan, facts.unchecked, facts.table) == (b"plan" * 100, why, TABLE)
+
+
+def test_engines_of_before_that_was_said_were_checked(tmp_path: Path) -> None:
+    path = stored(tmp_path / "net.engine")
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts.pop("unchecked") is None
+    path.with_suffix(".json").write_text(json.dumps(facts))
+    assert load_engine(path, FULL, L4, source=SOURCE)[1].unchecked is None
 
 
 def flip(path: Path) -> None:

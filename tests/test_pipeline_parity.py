@@ -20,6 +20,9 @@ from fake_tensorrt import Machine, install
 from onnx import numpy_helper
 
 from qncd_deploy.cli import build as cli
+from qncd_deploy.correct.record import identity_table, save_tables
+from qncd_deploy.engines.base import Effort
+from qncd_deploy.errors import BackendMissing, EngineError
 from qncd_deploy.pipeline import parity
 from qncd_deploy.pipeline.fit import FitOptions
 from qncd_deploy.pipeline.parity import ALLOWED, ALONE, SLACK, WATCHED, Case, Parity, first_wrong, measure, record
@@ -131,20 +134,77 @@ def test_what_is_built_ahead_of_time_is_checked_where_a_target_is_here(
 def test_tables_are_fitted_for_the_engine_that_passed(
     bundle: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked, efforts = [], []
 
     def fit_into(folder: Path, opened: Bundle, options: FitOptions, tick: object) -> tuple[Path, SimpleNamespace]:
         asked.append(options)
-        return folder / "corrections-tensorrt-f16.npz", SimpleNamespace(choice="ptqd")
+        efforts.append(opened.effort)
+        if len(asked) == 1:
+            raise EngineError("GPU: out of memory.")
+        path = folder / "corrections-tensorrt-f16.npz"
+        key = opened.key(options.sampling, "tensorrt-f16")
+        save_tables(path, [identity_table(key)], auto={key.id: "off"})
+        return path, SimpleNamespace(choice="ptqd")
 
     monkeypatch.setattr(cli, "fit_into", fit_into)
-    args = ("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path, "--batch", 2)
+    args = ("build", bundle, "--backend", "tensorrt", "--engine-dir", tmp_path, "--batch", "1,2", "--level", 2)
+    assert qncd(*args).line.endswith("GPU: out of memory.")
     done = qncd(*args)
+    assert "up to date" in done.out and len(machine.builds) == 4  # two networks of two sizes: nothing was built again
     assert done.code == 0 and done.out.splitlines()[-1].endswith("corrections-tensorrt-f16.npz  auto = ptqd"), done.err
-    (options,) = asked
+    assert efforts == [Effort(2, None, tmp_path)] * 2  # the float twin is built with the same means
+    first, options = asked
+    assert first == options
     assert (options.backend, options.batch_size) == ("tensorrt", 2)
     assert [path.parent for path in options.blobs] == [tmp_path / bundle.name] * 2
-    assert qncd(*args).code == 0 and len(asked) == 1  # nothing was built
+    assert qncd(*args).code == 0 and len(asked) == 2  # they are there
+    assert qncd(*args, "--no-check", "--workspace", 64).code == 0 and len(asked) == 2  # of no engine that may be wrong
+
+
+def test_an_engine_outlives_a_float_network_that_cannot_be_run(
+    bundle: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, folder = parity.record, tmp_path / bundle.name
+
+    def fail(bundle: Bundle, *, rows: int) -> dict[str, Case]:
+        raise BackendMissing("text: tokenizers is not installed. Install it.")
+
+    def kept() -> list[tuple[str, str | None]]:
+        facts = {path: json.loads(path.with_suffix(".json").read_text()) for path in folder.rglob("*.engine")}
+        return sorted((str(path.relative_to(folder)), facts[path]["unchecked"]) for path in facts)
+
+    monkeypatch.setattr(parity, "record", fail)
+    unet, decoder = (f"tensorrt-{name}-b2.engine" for name in ("f16-10.13.2-sm86", "f32-10.13.2-sm86-decoder"))
+    for _ in range(2):  # the second time nothing is built
+        code, out, err = build(bundle, tmp_path, "--batch", "2")
+        assert (code, out) == (1, "")
+        assert f"{unet}: built, but not checked. text: tokenizers is not installed. Install it. Then run the" in err
+        assert kept() == [(f"unchecked/{unet}", None)] and len(machine.builds) == 1
+    code, out, _ = build(bundle, tmp_path, "--batch", "2", "--no-check")
+    assert code == 0 and out.count("not held against the float network: --no-check") == 2
+    assert kept() == [(unet, "--no-check"), (decoder, "--no-check")] and len(machine.builds) == 2
+    monkeypatch.setattr(parity, "record", sound)
+    code, out, err = build(bundle, tmp_path, "--batch", "2")
+    assert code == 0 and out.count("error against the float network") == 2, err
+    assert kept() == [(unet, None), (decoder, None)] and len(machine.builds) == 2
+    assert not (folder / "unchecked").exists()
+
+
+def test_without_a_cpu_engine_the_float_network_is_built_as_asked_before_the_new_engine_is_loaded(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = install(monkeypatch)
+    monkeypatch.setattr(parity, "default_backend", lambda: "tensorrt")
+    code, out, err = build(bundle, tmp_path, "--batch", "1,2", "--level", 1, "--workspace", 64)
+    assert code == 0 and out.count("0.5 is allowed, as no engine for a CPU is here") == 1, (out, err)
+    assert {(options.level, options.workspace) for _, options, _ in machine.asked} == {(1, 64 << 20)}
+    assert {options.timing_cache for _, options, _ in machine.asked} == {
+        tmp_path / "timing-tensorrt-10.13.2-sm86.cache"
+    }
+    names = [name for name, *_ in machine.asked]
+    assert names == ["unet-trt.onnx", "unet-float.onnx", "vae-decoder.onnx", "vae-decoder.onnx"]
+    twin = machine.asked[1]
+    assert twin[2] == 0 and twin[1].profiles[0]["sample"][0] == 4  # nothing loaded yet; recorded once, for most rows
 
 
 def spoil(model: onnx.ModelProto) -> str:

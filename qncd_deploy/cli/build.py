@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import Remainder, default_backend
 from qncd_deploy.engines.trt.options import TARGETS, Hardware
 from qncd_deploy.pipeline.build import BuildRequest, build, trtexec_lines
-from qncd_deploy.pipeline.fit import FitOptions, fit_into
+from qncd_deploy.pipeline.fit import FitOptions, fit_into, is_fitted
 from qncd_deploy.runtime import Bundle
 
 
@@ -88,7 +89,14 @@ _tensorrt_options = together(
 )
 @_tensorrt_options
 @click.option(
-    "--fit/--no-fit", default=True, help="TensorRT: fit correction tables for a new engine of this GPU, as `qncd fit`."
+    "--fit/--no-fit",
+    default=True,
+    help="TensorRT: fit correction tables for an engine of this GPU that is new or has none, as `qncd fit`.",
+)
+@click.option(
+    "--check/--no-check",
+    default=True,
+    help="TensorRT: hold a new engine of this GPU against the float network before it is used, and fit.",
 )
 @threads_option
 @engine_dir_option
@@ -105,6 +113,7 @@ def build_command(
     version_compatible: bool,
     trtexec: bool,
     fit: bool,
+    check: bool,
     threads: int | None,
     engine_dir: Path,
     as_json: bool,
@@ -126,6 +135,7 @@ def build_command(
         workspace=None if workspace_mib is None else workspace_mib << 20,
         hardware=hardware,
         version_compatible=version_compatible,
+        check=check,
     )
     if trtexec:
         lines = trtexec_lines(opened, folder, request)
@@ -136,13 +146,15 @@ def build_command(
         return
     engines = build(opened, folder, request, Bars())
     tables = choice = None
-    if fit and engines[0].parity is not None:
-        options = FitOptions(
-            request.backend,
-            remainder=remainder,
-            batch_size=request.batches[0] if request.batches else None,
-            blobs=tuple(engine.path for engine in engines),
-        )
+    options = FitOptions(
+        request.backend,
+        remainder=remainder,
+        batch_size=max(request.batches, default=None),
+        blobs=tuple(engine.path for engine in engines),
+    )
+    new = any(engine.seconds is not None for engine in engines)
+    if fit and engines[0].here and (new or not is_fitted(folder, opened, options)):
+        opened = replace(opened, effort=request.effort(folder))
         with Bars().stage("fitting") as tick:
             tables, fitted = fit_into(folder, opened, options, tick)
         choice = fitted.choice
@@ -154,6 +166,8 @@ def build_command(
         click.echo(engine.line())
         if engine.parity is not None:
             click.echo(f"  {engine.parity.line()}")
+        if engine.unchecked is not None:
+            click.echo(f"  not held against the float network: {engine.unchecked}")
         for layer in engine.missed:
             click.echo(f"  planned quantized, but runs otherwise: {layer}")
     if tables is not None:

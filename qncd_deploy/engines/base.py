@@ -124,6 +124,19 @@ BACKENDS: Mapping[str, Backend] = {
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What an engine that is compiled for a run alone may take; TensorRT's, the others need no such limits.
+
+    level, workspace: as in trt.options.BuildOptions;  shelf: folder of what was measured of kernels before, which is
+    added to, None for none.
+    """
+
+    level: int | None = None
+    workspace: int | None = None
+    shelf: Path | None = None
+
+
+@dataclass(frozen=True)
 class Kernel:
     """How many operations of one kind a compiled graph runs with one implementation.
 
@@ -154,7 +167,11 @@ class BaseEngine(ABC):
     """Named arrays in, named arrays out, as specs.Engine says; a context manager that closes itself.
 
     Args: engine_id: backend and precision, as correction tables are keyed by it;  path: the graph, for messages.
+
+    effort: for what it still has to compile.
     """
+
+    effort: Effort = Effort()
 
     def __init__(
         self, engine_id: str, path: Path, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
@@ -246,12 +263,17 @@ class BaseEngine(ABC):
 
 
 def open_engine(
-    backend: str, path: Path, *, remainder: Remainder | None = None, threads: int | None = None
+    backend: str,
+    path: Path,
+    *,
+    remainder: Remainder | None = None,
+    threads: int | None = None,
+    effort: Effort = BaseEngine.effort,
 ) -> BaseEngine:
     """Open an ONNX graph with a backend.
 
     remainder: precision of the float layers, None for the backend's own default;  threads: None for the library's
-    choice.
+    choice;  effort: for what is compiled while it runs.
 
     Raises: EngineError for an unknown backend or a remainder it cannot do;  BackendMissing if its library is not here;
     BuildFailed if it refuses the graph.
@@ -262,7 +284,9 @@ def open_engine(
     if not path.is_file():
         raise EngineError(f"{path}: no such graph.")
     make: Callable[..., BaseEngine] = engine_class(chosen)
-    return make(path, engine_id=engine_id, remainder=remainder, threads=threads)
+    engine = make(path, engine_id=engine_id, remainder=remainder, threads=threads)
+    engine.effort = effort
+    return engine
 
 
 def make_engine_id(backend: str, remainder: Remainder | None = None) -> str:

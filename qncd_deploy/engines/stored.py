@@ -7,6 +7,7 @@ A reader refuses what has changed on disk and what was made for anything else, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,9 +33,31 @@ def save_stored(path: Path, content: bytes, facts: Any) -> None:
     make_folder(path.parent)
     with atomic_file(path) as partial:
         partial.write_bytes(content)
-    data = {"schema": SCHEMA, "sha256": hashlib.sha256(content).hexdigest(), **asdict(facts)}
+    _state(path, hashlib.sha256(content).hexdigest(), facts)
+
+
+def move_stored(path: Path, target: Path, facts: Any) -> None:
+    """Rename what save_stored wrote, and an engine's cache, within a file system; facts: what it says from now on."""
+    sha256 = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+    for held in (path, path.with_suffix(".cache")):
+        if held.is_file():
+            held.replace(target.with_suffix(held.suffix))
+    _state(target, sha256, facts)
+    if path != target:
+        drop_stored(path)
+
+
+def drop_stored(path: Path) -> None:
+    """Remove what save_stored wrote and what lies beside it, and the folder if nothing else is in it."""
+    for suffix in (path.suffix, ".json", ".cache"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+
+
+def _state(path: Path, sha256: str, facts: Any) -> None:
     with atomic_file(path.with_suffix(".json")) as partial:
-        partial.write_text(canonical_json(data), encoding="utf-8")
+        partial.write_text(canonical_json({"schema": SCHEMA, "sha256": sha256, **asdict(facts)}), encoding="utf-8")
 
 
 def load_stored(path: Path, parse: Callable[[dict[str, Any]], Facts]) -> tuple[bytes, Facts]:

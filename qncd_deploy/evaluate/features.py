@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from qncd_deploy.engines.base import BaseEngine, open_engine
+from qncd_deploy.engines.base import BaseEngine, Effort, find_backend, open_engine
 from qncd_deploy.engines.eps_model import in_groups, row_sizes
 from qncd_deploy.errors import BundleError
 from qncd_deploy.evaluate.metrics import Moments
@@ -44,9 +44,12 @@ class Description(NamedTuple):
 class FeatureNetwork:
     """An open feature network; a context manager that closes its engine."""
 
-    def __init__(self, engine: BaseEngine) -> None:
-        """Raises BundleError if the graph is not of the form above."""
+    def __init__(self, engine: BaseEngine, *, full: bool = False) -> None:
+        """full: always run as many rows at a time as are run of many pictures, since each other number would have to
+        be compiled. Raises BundleError if the graph is not of the form above.
+        """
         self._engine = engine
+        self._full = full
         inputs, outputs = tuple(engine.inputs.values()), engine.outputs
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or "features" not in outputs:
             raise BundleError(
@@ -57,11 +60,13 @@ class FeatureNetwork:
         self._outputs = [name for name in Description._fields if name in outputs]
 
     @classmethod
-    def open(cls, path: Path, backend: str, *, threads: int | None = None) -> FeatureNetwork:
+    def open(
+        cls, path: Path, backend: str, *, threads: int | None = None, effort: Effort = BaseEngine.effort
+    ) -> FeatureNetwork:
         """Raises: EngineError or BackendMissing as open_engine does, BundleError for a graph of another kind."""
-        engine = open_engine(backend, path, remainder="f32", threads=threads)
+        engine = open_engine(backend, path, remainder="f32", threads=threads, effort=effort)
         try:
-            return cls(engine)
+            return cls(engine, full=find_backend(backend).device == "gpu")
         except BundleError:
             engine.close()
             raise
@@ -79,7 +84,7 @@ class FeatureNetwork:
             widths[:] = [part.shape[1] for part in parts]
             return np.concatenate(parts, axis=1)
 
-        rows = row_sizes(self._engine, self._input, min(_ROWS, len(images)))
+        rows = row_sizes(self._engine, self._input, _ROWS if self._full else min(_ROWS, len(images)))
         joined = in_groups(run, [images], rows=rows)
         if not np.isfinite(joined).all():
             raise BundleError(
@@ -197,7 +202,7 @@ class Lens:
         data = None if reference is None else load_reference(reference)
         if features is None:
             return cls(None, data)
-        network = FeatureNetwork.open(features, backend, threads=threads)
+        network = FeatureNetwork.open(features, backend, threads=threads, effort=bundle.effort)
         try:
             if (size := bundle.manifest.model.picture_shape) is not None:
                 network.check(size)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qncd_deploy.engines.base import Remainder, backend_status, find_backend, make_engine_id
+from qncd_deploy.engines.base import Effort, Remainder, backend_status, find_backend, make_engine_id
 from qncd_deploy.engines.eps_model import fixed_rows, input_shapes
+from qncd_deploy.engines.stored import drop_stored, move_stored
 from qncd_deploy.engines.text import ROWS as TEXTS
 from qncd_deploy.engines.trt.build import build as build_engine
 from qncd_deploy.engines.trt.build import graph_specs
 from qncd_deploy.engines.trt.device import Device, find_device
 from qncd_deploy.engines.trt.library import Library, open_library
 from qncd_deploy.engines.trt.options import TARGETS, BuildOptions, Hardware, check_options, trtexec_line
-from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts, held_engine, save_engine
-from qncd_deploy.errors import BackendMissing, EngineError, UsageError
+from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts, held_engine, save_engine, timing_file
+from qncd_deploy.errors import BackendMissing, EngineError, GateFailed, QncdError, UsageError
 from qncd_deploy.files import make_folder
 from qncd_deploy.pipeline.parity import Gate, Parity
 from qncd_deploy.pipeline.progress import Progress
@@ -29,9 +29,10 @@ from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import default_batch
 from qncd_deploy.specs import TensorSpec
 
-log = logging.getLogger(__name__)
-
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
+
+ASIDE = "unchecked"
+"""Folder beside the engines for those that are still to be held against the float network."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class BuildRequest:
     """What to build, and for whom.
 
     remainder: None for the backend's own;  batches: pictures at a time, () for the sampler's own;  threads: of a CPU.
-    For TensorRT alone: targets ... version_compatible, as in BuildOptions.
+    For TensorRT alone: targets ... version_compatible, as in BuildOptions;  check: hold new engines against the float
+    network.
     """
 
     backend: str
@@ -51,12 +53,21 @@ class BuildRequest:
     workspace: int | None = None
     hardware: Hardware = "none"
     version_compatible: bool = False
+    check: bool = True
+
+    def effort(self, folder: Path) -> Effort:
+        """For what else is compiled on the way: the float network, where no engine for a CPU runs it. folder: of the
+        engines.
+        """
+        return Effort(self.level, self.workspace, folder.parent)
 
 
 @dataclass(frozen=True)
 class Built:
     """A compiled engine. runs: what it computes in, in words;  missed: planned layers that run otherwise;
-    seconds: None if it was there already, made of the same graph for the same machine.
+    seconds: None if it was there already, made of the same graph for the same machine;  parity: None if it was held
+    against the float network earlier or not at all;  unchecked: why it was not, None if it was or need not be;
+    here: whether this machine's GPU runs it and it passed, now or earlier.
     """
 
     path: Path
@@ -67,6 +78,8 @@ class Built:
     missed: tuple[str, ...]
     seconds: float | None
     parity: Parity | None = None
+    unchecked: str | None = None
+    here: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
@@ -79,14 +92,17 @@ class Built:
 def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress) -> tuple[Built, ...]:
     """Write to FOLDER what is not there yet, or is there for something else; the network first.
 
-    What TensorRT builds and the GPU of this machine runs is held against the float network before it is written, if
-    the bundle can sample.
+    What TensorRT builds and the GPU of this machine runs is held against the float network before it is written to
+    FOLDER, if the bundle can sample and unless `request` says otherwise. Until then it lies in ASIDE, and stays there
+    for the next call if the float network cannot be run.
 
-    Raises: EngineError for a backend that compiles nothing or a GPU that is not there, BuildFailed if it refuses the
-    graph, UsageError for options that the backend does not have, GateFailed for an engine that is wrong.
+    Raises: EngineError for a backend that compiles nothing, a GPU that is not there or a float network that cannot be
+    run, BuildFailed if the backend refuses the graph, UsageError for options that it does not have, GateFailed for an
+    engine that is wrong.
     """
     if request.backend in FLAVOURS:
         library, device = _library(request)
+        bundle = replace(bundle, effort=request.effort(folder))
         gate = _gate(bundle, request, device)
         jobs = _jobs(bundle, folder, request, library, device)
         return tuple(_engine(job, library, device, gate, progress) for job in jobs)
@@ -147,7 +163,7 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
 
 
 def _refuse_gpu_options(request: BuildRequest) -> None:
-    for name in ("targets", "level", "workspace", "hardware", "version_compatible"):
+    for name in ("targets", "level", "workspace", "hardware", "version_compatible", "check"):
         if getattr(request, name) != BuildRequest.__dataclass_fields__[name].default:
             raise UsageError(f"{_OPTIONS.get(name, '--' + name)}: {request.backend} does not have it. Leave it out.")
 
@@ -156,6 +172,7 @@ _OPTIONS = {
     "targets": "--target",
     "hardware": "--hardware-compatibility",
     "version_compatible": "--version-compatible",
+    "check": "--no-check",
 }
 
 
@@ -187,21 +204,23 @@ def _library(request: BuildRequest) -> tuple[Library, Device | None]:
         ) from exc
 
 
-def _gate(bundle: Bundle, request: BuildRequest, device: Device | None) -> Gate | None:
-    """What holds each engine against the float network; None for a bundle that cannot sample, and where no GPU here, or
-    none that is among the targets, runs the engines. Raises BackendMissing as Gate does for this machine's own.
+def _gate(bundle: Bundle, request: BuildRequest, device: Device | None) -> Gate | str:
+    """What holds each engine against the float network; or why nothing does: for a bundle that cannot sample, where no
+    GPU here, or none that is among the targets, runs the engines, and where nobody wants it. Raises BackendMissing as
+    Gate does for this machine's own.
     """
+    if not request.check:
+        return "--no-check"
     if bundle.manifest.model.schedule is None:
-        return None
+        return "the bundle has no noise schedule"
     try:
         if device is None and find_device().sm not in request.targets:
-            return None
+            return "this GPU is not among the targets"
         return Gate(bundle, backend=request.backend, remainder=request.remainder)
     except BackendMissing as exc:
         if device is not None:
             raise
-        log.info("engines are kept unchecked: %s", exc)
-        return None
+        return str(exc).rstrip(".")
 
 
 def _jobs(
@@ -211,9 +230,7 @@ def _jobs(
     pictures and of tiles, and text encoders.
     """
     engine_id = make_engine_id(request.backend, request.remainder)
-    cache = (
-        None if device is None else folder.parent / f"timing-{request.backend}-{library.version_text}-{device.sm}.cache"
-    )
+    cache = None if device is None else timing_file(folder.parent, library, device)
     targets = request.targets
     if library.ahead_of_time and device is not None:
         targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
@@ -250,19 +267,59 @@ def _shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: 
     return input_shapes(inputs, rows=rows, state=latent, conditions=bundle.embedding)
 
 
-def _engine(job: _Job, library: Library, device: Device | None, gate: Gate | None, progress: Progress) -> Built:
+def _engine(job: _Job, library: Library, device: Device | None, gate: Gate | str, progress: Progress) -> Built:
     facts, seconds, parity = held_engine(job.path, job.facts), None, None
-    if facts is None:
-        make_folder(job.path.parent)  # a long build must not end at a shelf that cannot be written
-        memory = None if device is None else device.memory
-        with progress.stage(f"building {job.graph.name}") as tick:
-            started = time.perf_counter()
-            built = build_engine(library, job.graph, job.options, memory=memory, on_progress=tick)
-            seconds = time.perf_counter() - started
-        if gate is not None:
+    checked = isinstance(gate, str) or (facts is not None and facts.unchecked is None)
+    if facts is None or not checked:
+        place = job.path
+        if facts is None:
+            place = job.path.parent / ASIDE / job.path.name
+            facts, seconds = _built(job, place, library, device, progress)
+        if not isinstance(gate, str):
             with progress.stage(f"checking {job.graph.name}"):
-                parity = gate(job.role, built, place=job.path)
-        facts = save_engine(job.path, built, job.facts)
+                parity = _checked(job, place, gate)
+        facts = replace(facts, unchecked=gate if isinstance(gate, str) else None)
+        move_stored(place, job.path, facts)
     table = facts.table
-    size = job.path.stat().st_size
-    return Built(job.path, size, table.integer_kernels, table.planned, table.line(), table.missed, seconds, parity)
+    return Built(
+        path=job.path,
+        bytes=job.path.stat().st_size,
+        integer_kernels=table.integer_kernels,
+        planned_layers=table.planned,
+        runs=table.line(),
+        missed=table.missed,
+        seconds=seconds,
+        parity=parity,
+        unchecked=facts.unchecked,
+        here=not isinstance(gate, str),
+    )
+
+
+def _built(
+    job: _Job, place: Path, library: Library, device: Device | None, progress: Progress
+) -> tuple[EngineFacts, float | None]:
+    """Build to a place, unless the same lies there from before, and the seconds it took."""
+    facts = held_engine(place, job.facts)
+    if facts is not None:
+        return facts, None
+    make_folder(job.path.parent)  # a long build must not end at a shelf that cannot be written
+    memory = None if device is None else device.memory
+    with progress.stage(f"building {job.graph.name}") as tick:
+        started = time.perf_counter()
+        built = build_engine(library, job.graph, job.options, memory=memory, on_progress=tick)
+        seconds = time.perf_counter() - started
+    return save_engine(place, built, job.facts), seconds
+
+
+def _checked(job: _Job, place: Path, gate: Gate) -> Parity:
+    """What the gate measures. An engine that fails it goes; one that it cannot measure stays where it lies."""
+    try:
+        return gate(job.role, place, job.options, place=job.path)
+    except GateFailed:
+        drop_stored(place)
+        raise
+    except QncdError as exc:
+        raise EngineError(
+            f"{job.path}: built, but not checked. {exc} Then run the same command again, which goes on from {place}, "
+            "or with --no-check, which takes the engine as it is."
+        ) from exc

@@ -133,7 +133,9 @@ def fit(bundle: Bundle, options: FitOptions, recordings: Recordings, tick: Tick)
         features = None
         if options.objective == "shift":
             if "features" in bundle.manifest.roles and bundle.manifest.model.picture_shape is not None:
-                network = FeatureNetwork.open(bundle.file("features"), twin, threads=options.threads)
+                network = FeatureNetwork.open(
+                    bundle.file("features"), twin, threads=options.threads, effort=bundle.effort
+                )
                 features = stack.enter_context(network)
             else:
                 log.info("no feature network to measure the shift of pictures by: PSNR to the float network decides.")
@@ -166,11 +168,25 @@ def fit_into(folder: Path, bundle: Bundle, options: FitOptions, tick: Tick) -> t
     Raises as fit does, and BundleError if another process fits in the same folder; an interrupted fit goes on where it
     stopped.
     """
-    path = folder / f"corrections-{make_engine_id(options.backend, options.remainder)}.npz"
+    path = _tables_path(folder, options)
     with Recordings.open(folder / "fits", bundle) as recordings:
         fitted = fit(bundle, options, recordings, tick)
         merge_into(path, [fitted])
     return path, fitted
+
+
+def is_fitted(folder: Path, bundle: Bundle, options: FitOptions) -> bool:
+    """Whether FOLDER's tables or the bundle's own say how auto chooses for these options' engine and way to sample.
+
+    Raises: BundleError for a damaged file.
+    """
+    path = _tables_path(folder, options)
+    key = bundle.key(options.sampling, make_engine_id(options.backend, options.remainder))
+    return any(tables.choice(key) is not None for tables in bundle.corrections([path] if path.exists() else []))
+
+
+def _tables_path(folder: Path, options: FitOptions) -> Path:
+    return folder / f"corrections-{make_engine_id(options.backend, options.remainder)}.npz"
 
 
 def _twin_backend(backend: str) -> str:

@@ -1,4 +1,4 @@
-"""Hold a new GPU engine against the float network before it is kept; no torch.
+"""Hold a new GPU engine against the float network before it is used; no torch.
 
     error of a call = ||q - e|| / ||e||        q: raw output of an engine, e: of the float network, for the same inputs
 
@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from qncd_deploy.engines.base import BaseEngine, Remainder, default_backend, find_backend, open_engine
-from qncd_deploy.engines.trt.build import BuiltEngine, build, product_tensors
+from qncd_deploy.engines.trt.build import build, product_tensors
 from qncd_deploy.engines.trt.cuda import open_arrays
 from qncd_deploy.engines.trt.library import open_library
 from qncd_deploy.engines.trt.loaded import LoadedEngine
-from qncd_deploy.engines.trt.options import Shapes
-from qncd_deploy.engines.trt.run import TrtEngine
+from qncd_deploy.engines.trt.options import BuildOptions, Shapes
 from qncd_deploy.errors import GateFailed
 from qncd_deploy.prompts import open_tokenizer, tokenize
 from qncd_deploy.runtime import Bundle
@@ -130,14 +129,14 @@ def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
             if role not in bundle.manifest.roles:  # nothing is quantized in it
                 cases[part] = replace(case, expected=(0.0,) * len(case.exact))
             elif on_cpu:
-                with open_engine(backend, bundle.file(role), remainder="f32") as engine:
+                with bundle.open_part(backend, role) as engine:
                     cases[part] = replace(case, expected=measure(engine, case).errors)
     return cases | {role: _case_around(bundle, role, backend, np.asarray(last.x)) for role in bundle.around}
 
 
 def _case_around(bundle: Bundle, role: str, backend: str, latents: np.ndarray) -> Case:
     """What a graph beside the network makes of these latents, or of the bundle's own prompts."""
-    with open_engine(backend, bundle.file(role), remainder="f32") as engine:
+    with bundle.open_part(backend, role) as engine:
         (spec,), output = engine.inputs.values(), next(iter(engine.outputs))
         if len(spec.shape) == 4:
             fed = latents[:, :, : spec.shape[2], : spec.shape[3]]
@@ -214,24 +213,26 @@ class Gate:
         self._cases: dict[str, Case] = {}
         self._arrays = open_arrays()
 
-    def __call__(self, role: str, built: BuiltEngine, *, place: Path) -> Parity:
+    def __call__(self, role: str, stored: Path, options: BuildOptions, *, place: Path) -> Parity:
         """The engine's errors, the largest of its profiles'.
 
-        role: of its graph in the bundle;  place: where it is going to lie, for messages.
+        role: of its graph in the bundle;  stored: where it lies, built with these options;  place: where it is going
+        to lie, for messages.
 
-        Raises: GateFailed, with the first layer that goes wrong, if it must not be used;  EngineError if it cannot run.
+        Raises: GateFailed, with the first layer that goes wrong, if it must not be used;  EngineError if it cannot run,
+        and whatever the float network's run raises.
         """
+        # before the engine is loaded: a small board has no memory for both
+        found: list[tuple[Parity, Case, Shapes]] = []
+        cases = self._recorded(role, [max(shapes.values(), key=len)[0] for shapes in options.profiles])
         remainder: Remainder = "f32" if role in self._bundle.around else self._remainder
-        found = []
         with open_engine(self._backend.name, self._bundle.file(role), remainder=remainder) as engine:
-            assert isinstance(engine, TrtEngine)
-            engine.use(built, place=place)
-            for shapes in built.options.profiles:
-                case = self._case(role, shapes)
+            engine.load_blob(stored, source=self._bundle.graph_id(role))
+            for case, shapes in zip(cases, options.profiles, strict=True):
                 found.append((measure(engine, case), case, shapes))
         for parity, case, shapes in found:
             if (fault := parity.fault) is not None:
-                first = None if role in self._bundle.around else self._first_wrong(role, parity, case, shapes, built)
+                first = None if role in self._bundle.around else self._first_wrong(role, parity, case, shapes, options)
                 where = "" if first is None else f" The first layer that goes wrong is the one that makes {first!r}."
                 raise GateFailed(
                     f"{place}: {fault}.{where} The engine is not kept. Build it with another --level, or leave that "
@@ -239,23 +240,25 @@ class Gate:
                 )
         return max((parity for parity, *_ in found), key=lambda parity: max(parity.errors))
 
-    def _case(self, role: str, shapes: Shapes) -> Case:
-        """What was recorded, cut to a profile's rows."""
-        rows = max(shapes.values(), key=len)[0]
+    def _recorded(self, role: str, sizes: Sequence[int]) -> list[Case]:
+        """What was recorded, cut to each profile's rows."""
+        rows = max(sizes)
         own, around = self._backend.role(self._remainder), role in self._bundle.around
         part = role if around else f"unet{role.removeprefix(own)}"
         if part not in self._cases or len(self._cases[part].exact[0]) < rows:
             guided = self._bundle.guidance() != 1
             self._cases = record(self._bundle, rows=2 * rows if guided and around else rows)
-        return self._cases[part].rows(rows)
+        return [self._cases[part].rows(size) for size in sizes]
 
-    def _first_wrong(self, role: str, parity: Parity, case: Case, shapes: Shapes, built: BuiltEngine) -> str | None:
+    def _first_wrong(
+        self, role: str, parity: Parity, case: Case, shapes: Shapes, built_with: BuildOptions
+    ) -> str | None:
         library = open_library("tensorrt" if self._backend.name == "tensorrt" else "tensorrt-rtx")
         graph, exact = self._bundle.file(role), self._bundle.file("float")
         both = set(product_tensors(library, exact))
         names = [name for name in product_tensors(library, graph) if name in both]
         feeds = case.feeds[parity.errors.index(max(parity.errors, key=_badness))]
-        arrays, options = self._arrays, replace(built.options, profiles=(shapes,))
+        arrays, options = self._arrays, replace(built_with, profiles=(shapes,))
 
         def run(path: Path, watch: Sequence[str]) -> Mapping[str, np.ndarray]:
             plan = build(library, path, options, memory=arrays.device.memory, watch=watch).plan

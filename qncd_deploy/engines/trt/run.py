@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import get_args
 
 from qncd_deploy.engines.base import Backend, BaseEngine, Kernel, Remainder
-from qncd_deploy.engines.trt.build import BuiltEngine, build, graph_specs
+from qncd_deploy.engines.trt.build import build, graph_specs
 from qncd_deploy.engines.trt.cuda import DeviceArrays, open_arrays
 from qncd_deploy.engines.trt.kernels import KernelTable
 from qncd_deploy.engines.trt.library import Flavour, open_library
 from qncd_deploy.engines.trt.loaded import LoadedEngine
 from qncd_deploy.engines.trt.options import BuildOptions
-from qncd_deploy.engines.trt.store import load_engine
+from qncd_deploy.engines.trt.store import load_engine, timing_file
 from qncd_deploy.errors import BundleError, EngineError
 from qncd_deploy.files import atomic_file
 from qncd_deploy.specs import Array, TensorSpec
@@ -104,10 +104,6 @@ class TrtEngine(BaseEngine):
         )
         self._use(_Held(engine, facts.table, cache))
 
-    def use(self, built: BuiltEngine, *, place: Path) -> None:
-        """Use an engine that is stored nowhere yet. place: for messages. Raises EngineError as load_blob does."""
-        self._use(_Held(self._load(built, place), built.table))
-
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         engine = self._holding({name: tuple(array.shape) for name, array in feeds.items()}).engine
         there = any(map(self.arrays.holds, feeds.values()))
@@ -137,22 +133,17 @@ class TrtEngine(BaseEngine):
                 "size, too, with `qncd build`, or choose a --batch-size that there is."
             )
         log.info("building an engine of %s for this run alone; `qncd build` makes one to keep.", self.path.name)
-        device = self.arrays.device
-        targets = (device.sm,) if self._library.ahead_of_time else ()
-        built = build(
-            self._library, self.path, BuildOptions(profiles=(dict(shapes),), targets=targets), memory=device.memory
+        device, effort = self.arrays.device, self.effort
+        options = BuildOptions(
+            profiles=(dict(shapes),),
+            targets=(device.sm,) if self._library.ahead_of_time else (),
+            level=effort.level,
+            workspace=effort.workspace,
+            timing_cache=None if effort.shelf is None else timing_file(effort.shelf, self._library, device),
         )
-        self._held.append(_Held(self._load(built, self.path), built.table))
+        built = build(self._library, self.path, options, memory=device.memory)
+        self._held.append(_Held(LoadedEngine(self._library, self.arrays, built.plan, place=self.path), built.table))
         return self._held[-1]
-
-    def _load(self, built: BuiltEngine, place: Path) -> LoadedEngine:
-        return LoadedEngine(
-            self._library,
-            self.arrays,
-            built.plan,
-            place=place,
-            version_compatible=built.options.version_compatible,
-        )
 
     def _use(self, held: _Held) -> None:
         """From now on nothing is built."""

@@ -29,7 +29,8 @@ class EngineFacts:
 
     source: hash of the graph and its weights;  version: of the library;  device: name of the GPU that it was built on,
     None if ahead of time;  targets: compute capabilities that it was built for;  profiles, level, workspace, hardware,
-    version_compatible: as in BuildOptions, as asked for;  table: empty while it is not built.
+    version_compatible: as in BuildOptions, as asked for;  table: empty while it is not built;  unchecked: why it was
+    not held against the float network, None if it was.
     """
 
     source: str
@@ -43,6 +44,7 @@ class EngineFacts:
     hardware: Hardware
     version_compatible: bool
     table: KernelTable = field(default_factory=KernelTable)
+    unchecked: str | None = None
 
     @classmethod
     def of(cls, library: Library, device: Device | None, options: BuildOptions, *, source: str) -> EngineFacts:
@@ -89,7 +91,12 @@ def held_engine(path: Path, wanted: EngineFacts) -> EngineFacts | None:
         _, found = load_stored(path, EngineFacts.from_json)
     except EngineError:
         return None
-    return found if replace(found, table=wanted.table) == wanted else None
+    return found if replace(found, table=wanted.table, unchecked=wanted.unchecked) == wanted else None
+
+
+def timing_file(shelf: Path, library: Library, device: Device) -> Path:
+    """Where full TensorRT keeps what it measured of its kernels, on the shelf that the folders of engines stand on."""
+    return shelf / f"timing-{library.flavour}-{library.version_text}-{device.sm}.cache"
 
 
 def load_engine(path: Path, library: Library, device: Device, *, source: str) -> tuple[bytes, EngineFacts]:
