@@ -268,10 +268,6 @@ class Sampler:
         """Size of the compiled network that runs for a full batch; None where nothing was stored or built."""
         return self.network.unet.compiled_bytes(self._shapes())
 
-    def save_blob(self, path: Path) -> None:
-        """Store the network compiled for a full batch. Raises EngineError if the backend compiles nothing."""
-        self.network.unet.save_blob(path, self._shapes(), source=self.network.source)
-
     def close(self) -> None:
         """Close the engines. Closing twice is allowed."""
         self._resources.close()

@@ -131,6 +131,15 @@ def test_conditions_reach_the_inputs_they_are_named_after_in_any_order() -> None
     }
 
 
+def test_without_conditions_the_graph_says_how_large_they_are() -> None:
+    inputs = {spec.name: spec for spec in (SAMPLE, TIME, TOKENS)}
+    shapes = input_shapes(inputs, rows=5, state=(2, 3, 3), conditions=None)
+    assert shapes == {"sample": (5, 2, 3, 3), "timestep": (5,), "encoder_hidden_states": (5, 1, 2)}
+    free = TensorSpec("encoder_hidden_states", "float32", ("batch", "length", 2))
+    with pytest.raises(EngineError, match=r"'encoder_hidden_states' of shape \['batch', 'length', 2\]: only the first"):
+        input_shapes({**inputs, free.name: free}, rows=5, state=(2, 3, 3), conditions=None)
+
+
 def named(*specs: TensorSpec) -> Mapping[str, TensorSpec]:
     return {spec.name: spec for spec in specs}
 

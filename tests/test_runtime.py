@@ -296,7 +296,8 @@ def test_a_blob_of_the_sampler_is_used_again_and_tied_to_the_weights(folder: Pat
     pytest.importorskip("openvino")
     options = {"batch_size": 2, "threads": 1}
     with Bundle.open(folder).sampler("openvino", **options) as sampler:
-        sampler.save_blob(tmp_path / "net.blob")
+        shapes = {"x": (4, 8, 16, 16), "t": (4,), "c": (4, 1, 12)}  # with guidance
+        sampler.network.unet.save_blob(tmp_path / "net.blob", shapes, source=sampler.network.source)
         expected = sampler.sample(2).latents
         kernels = sampler.kernels()
     assert sum(kernel.count for kernel in kernels if kernel.integer and kernel.op == "Convolution") == 1

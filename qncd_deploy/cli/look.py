@@ -29,15 +29,24 @@ from qncd_deploy.cli.options import (
     print_json,
     remainder_option,
 )
-from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, default_backend, find_backend
+from qncd_deploy.engines.base import (
+    BACKENDS,
+    Remainder,
+    available_backends,
+    default_backend,
+    find_backend,
+    make_engine_id,
+)
 from qncd_deploy.engines.stored import load_stored
 from qncd_deploy.engines.trt.library import open_library
 from qncd_deploy.engines.trt.options import TARGETS
 from qncd_deploy.engines.trt.store import SUFFIX, EngineFacts
 from qncd_deploy.errors import BackendMissing, BundleError, EngineError
 from qncd_deploy.evaluate.contest import OFF, Contest, contests_of
+from qncd_deploy.pipeline.build import call_shapes
 from qncd_deploy.pipeline.recipes import RECIPES, Recipe
 from qncd_deploy.runtime import Bundle
+from qncd_deploy.sampler import default_batch
 
 
 @click.command("inspect")
@@ -69,6 +78,8 @@ def inspect_command(
     """List the layers by bits with scales and reasons, the corrections that are fitted, the engines that are built."""
     if (bundle is None) == (recipe is None):
         raise click.UsageError("expected a BUNDLE or --recipe NAME, one of the two.")
+    if remainder is not None and not kernels:
+        raise click.UsageError(f"--remainder {remainder} is about --kernels. Give both, or neither.")
     if recipe is not None:
         _show_recipe(RECIPES[recipe], as_json=as_json)
     if bundle is not None:
@@ -105,8 +116,9 @@ def _show_bundle(
     opened = Bundle.open(bundle)
     plan, manifest = opened.plan, opened.manifest
     engines = _engines(engine_dir / bundle.resolve().name, backend)
-    compiles = kernels and find_backend(backend or default_backend()).device == "cpu"
-    found = _kernels(opened, backend, remainder) if compiles else []
+    found = []
+    if kernels and find_backend(compiled := backend or default_backend()).device == "cpu":
+        found = _kernels(opened, compiled, remainder)
     corrections = _corrections(opened, fitted_tables(engine_dir, bundle))
     if as_json:
         facts = {"plan": plan, "quality": dict(manifest.quality), "corrections": corrections, "kernels": found}
@@ -205,9 +217,13 @@ def _corrections(bundle: Bundle, files: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def _kernels(bundle: Bundle, backend: str | None, remainder: Remainder | None) -> list[dict[str, Any]]:
-    with bundle.sampler(backend, remainder=remainder, correction="off") as sampler:
-        return [asdict(kernel) for kernel in sampler.kernels()]
+def _kernels(bundle: Bundle, backend: str, remainder: Remainder | None) -> list[dict[str, Any]]:
+    """Of the network compiled for a full batch. Raises as open_engine does."""
+    make_engine_id(backend, remainder)
+    role, batch_size = find_backend(backend).role(remainder), default_batch(bundle.manifest.model.latent_shape)
+    with bundle.open_network(backend, bundle.network_roles(role), remainder=remainder) as engine:
+        shapes = call_shapes(bundle, role, engine.inputs, batch_size)
+        return [asdict(kernel) for kernel in engine.kernels(shapes)]
 
 
 @click.command("verify")

@@ -57,17 +57,23 @@ def input_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of a network's inputs for one call: `rows` of them, unless the graph fixes how many.
 
-    state: (C, H, W) of the state;  conditions: any number of rows of them, None if there are none. Raises EngineError
-    as input_roles does.
+    state: (C, H, W) of the state;  conditions: any number of rows of them, None to go by the graph. Raises EngineError
+    as input_roles does, and for an input whose sizes the graph leaves free.
     """
     roles = input_roles(inputs)
     rows = fixed_rows(roles.sample) or rows
     sizes = {name: tuple(table.shape[1:]) for name, table in (conditions or {}).items()}
     sizes[roles.sample.name] = tuple(state)
-    return {
-        name: tuple(rows if isinstance(size, str) else size for size in spec.shape[:1]) + sizes.get(name, ())
-        for name, spec in inputs.items()
-    }
+    shapes = {}
+    for name, spec in inputs.items():
+        row = [size for size in sizes.get(name, spec.shape[1:]) if isinstance(size, int)]
+        if len(row) != len(spec.shape[1:]):
+            raise EngineError(
+                f"input {name!r} of shape {list(spec.shape)}: only the first size may be free. Export the network with "
+                "the others fixed."
+            )
+        shapes[name] = (*(rows if isinstance(size, str) else size for size in spec.shape[:1]), *row)
+    return shapes
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,31 +127,22 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
     """act_bits: of a bundle of several networks, which one."""
     engine_id = make_engine_id(request.backend, request.remainder)
     suffix = "" if bundle.stepping is None or act_bits is None else bundle.stepping.suffixes[act_bits]
+    role = find_backend(request.backend).role(request.remainder) + suffix
+    batch_size = batch_size or default_batch(bundle.manifest.model.latent_shape)
     planned = sum(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
-    opened = partial(
-        bundle.sampler,
-        request.backend,
-        remainder=request.remainder,
-        batch_size=batch_size,
-        threads=request.threads,
-        correction="off",
-        act_bits=act_bits,
-    )
-    version = backend_status(find_backend(request.backend)).version
-    with opened() as sampler:
-        device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
-        path = folder / f"{engine_id}-{version}-{device}{suffix}-b{sampler.batch_size}.blob"
-        seconds, kernels = None, None
+    version, source = backend_status(find_backend(request.backend)).version, bundle.graph_id(role)
+    device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
+    path = folder / f"{engine_id}-{version}-{device}{suffix}-b{batch_size}.blob"
+    with bundle.open_network(request.backend, (role,), remainder=request.remainder, threads=request.threads) as engine:
+        shapes, seconds = call_shapes(bundle, role, engine.inputs, batch_size), None
         if path.exists():
-            try:
-                with opened(blobs=[path]) as held:
-                    kernels = held.kernels()
-            except EngineError:
-                pass  # of another graph, library or device: made again below
-        if kernels is None:
+            with suppress(EngineError):  # of another graph, library or device: made again below
+                engine.load_blob(path, source=source)
+        if engine.compiled_bytes(shapes) is None:
             started = time.perf_counter()
-            sampler.save_blob(path)
-            seconds, kernels = time.perf_counter() - started, sampler.kernels()
+            engine.save_blob(path, shapes, source=source)
+            seconds = time.perf_counter() - started
+        kernels = engine.kernels(shapes)
     count = sum(kernel.count for kernel in kernels if kernel.integer)
     weights_only = all(layer["act_bits"] is None for layer in bundle.plan["layers"])
     runs = (
@@ -243,7 +234,7 @@ def _jobs(
         graph, sizes = bundle.file(role), (TEXTS,) if role.startswith("text-encoder") else batches
         inputs, _ = graph_specs(library, graph)
         options = BuildOptions(
-            profiles=tuple(_shapes(bundle, role, inputs, size) for size in sizes),
+            profiles=tuple(call_shapes(bundle, role, inputs, size) for size in sizes),
             targets=targets,
             level=request.level,
             workspace=request.workspace,
@@ -257,7 +248,7 @@ def _jobs(
         yield _Job(role, graph, folder / f"{engine}-{facts.stem}{part}-b{suffix}{SUFFIX}", options, facts)
 
 
-def _shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, tuple[int, ...]]:
+def call_shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, tuple[int, ...]]:
     """Input shapes of a graph for a full batch: guidance asks the network for every picture twice, the others once."""
     latent = tuple(bundle.manifest.model.latent_shape)
     if role in bundle.around:
