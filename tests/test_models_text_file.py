@@ -129,12 +129,76 @@ def test_its_yaml_says_the_same(name: str, files: dict[str, tuple[Any, Path]], t
     assert close(table(by_yaml)["encoder_hidden_states"], table(by_layout)["encoder_hidden_states"])
 
 
-def test_a_yaml_of_generative_models_is_read_off_the_tensors(
+def engine_yaml(path: Path, change: tuple[str, Any] | None = None) -> Path:
+    """As sd_xl_base.yaml of generative-models has it. change: an entry, by its dotted place, and what it becomes."""
+    place = "sgm.modules.diffusionmodules."
+    inner = {
+        "num_idx": 1000,
+        "scaling_config": {"target": f"{place}denoiser_scaling.EpsScaling"},
+        "discretization_config": {"target": f"{place}discretizer.LegacyDDPMDiscretization"},
+    }
+    denoiser = {"target": f"{place}denoiser.DiscreteDenoiser", "params": inner}
+    params = {"scale_factor": 0.13025, "disable_first_stage_autocast": True, "denoiser_config": denoiser}
+    model = {"target": "sgm.models.diffusion.DiffusionEngine", "params": params}
+    if change is not None:
+        *sections, last = change[0].split(".")
+        section = model
+        for name in sections:
+            section = section[name]
+        section[last] = change[1]
+    path.write_text(yaml.safe_dump({"model": model}))
+    return path
+
+
+DENOISER = "params.denoiser_config"
+
+
+def test_a_yaml_of_generative_models_says_what_the_tensors_do_not(
     files: dict[str, tuple[Any, Path]], tmp_path: Path
 ) -> None:
-    config = tmp_path / "sd_xl_base.yaml"
-    config.write_text(yaml.safe_dump({"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": {}}}))
-    assert load_source(files["sdxl"][1], config=config).text.facts.encoders == 2
+    _, path = files["sdxl"]
+    plain, size = load_source(path), {"height": 8 * LATENTS, "width": 8 * LATENTS}
+    config = engine_yaml(tmp_path / "sd_xl_base.yaml")
+    by_yaml = load_source(path, config=config)
+    assert by_yaml.text.facts == plain.text.facts and by_yaml.schedule.sha256() == plain.schedule.sha256()
+    assert by_yaml.files["config"] == config and not by_yaml.notes
+    engine_yaml(config, (f"{DENOISER}.params.scaling_config.target", "sgm.denoiser_scaling.VScaling"))
+    assert load_source(path, config=config).schedule.prediction == "v_prediction"
+    betas = {"target": "sgm.LegacyDDPMDiscretization", "params": {"linear_end": 0.02}}
+    engine_yaml(config, (f"{DENOISER}.params.discretization_config", betas))
+    assert "disagree with 'alphas_cumprod'" in refusal(path, config=config)
+    engine_yaml(config, ("params.scale_factor", 0.5))
+    x = torch.randn(1, 4, LATENTS, LATENTS)
+    exact, other = (load_source(path, config=file, **size).decoder for file in (None, config))
+    assert close(other(x), exact(x / 0.5 * 0.13025))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("params.denoiser_config", None, "denoiser_config is missing"),
+        (f"{DENOISER}.target", "sgm.Denoiser", "denoiser_config.target is Denoiser, only DiscreteDenoiser is"),
+        (
+            f"{DENOISER}.params.scaling_config.target",
+            "sgm.EDMScaling",
+            "is EDMScaling, expected one of EpsScaling",
+        ),
+        (
+            f"{DENOISER}.params.discretization_config.target",
+            "sgm.EDMDiscretization",
+            "only LegacyDDPMDiscret",
+        ),
+        (f"{DENOISER}.params.discretization_config.params", {"zsnr": True}, "params.zsnr is not supported"),
+        (f"{DENOISER}.params.num_idx", 100, "num_idx is 100, only all 1000 timesteps are supported"),
+        (f"{DENOISER}.params.flip", False, "flip is False, only True is supported"),
+    ],
+)
+def test_what_is_not_understood_of_it_is_refused(
+    files: dict[str, tuple[Any, Path]], tmp_path: Path, place: str, value: Any, words: str
+) -> None:
+    config = engine_yaml(tmp_path / "model.yaml", (place, value))
+    message = refusal(files["sdxl"][1], config=config)
+    assert message.startswith(f"{config}: model.params.denoiser_config") and words in message
 
 
 @pytest.mark.parametrize("name", NAMES)

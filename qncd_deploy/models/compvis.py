@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -28,7 +29,7 @@ from qncd_deploy.models.first_stage import (
     read_first_stage_params,
 )
 from qncd_deploy.models.ldm_config import Section, read_config
-from qncd_deploy.models.ldm_layout import describe
+from qncd_deploy.models.ldm_layout import describe, engine_params
 from qncd_deploy.models.ldm_text import TEXT_STAGES, read_text
 from qncd_deploy.models.ldm_unet import build_unet, read_unet_params, unet_entry, unet_sources
 from qncd_deploy.models.source import CONTROLNET, LORA, Condition, SourceModel
@@ -48,7 +49,8 @@ _PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "x0": "sample", "v": "v
 _BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # theirs: ours
 _OTHER_TEXT_STAGES = ("BERTEmbedder", "FrozenCLIPTextEmbedder", "FrozenT5Embedder", "FrozenCLIPT5Encoder")
 _SDXL_ENGINE = "DiffusionEngine"
-"""What generative-models' YAML of SDXL instantiates: its entries have other names, and the tensors say the same."""
+"""What generative-models' YAML of SDXL instantiates: of its entries, which have other names, those are taken that the
+tensors do not tell."""
 _UNCONDITIONAL = "__is_unconditional__"
 
 
@@ -60,7 +62,7 @@ def read(checkpoint: Checkpoint, config: Path | None, *, null_class: int | None,
     if model.target() != "LatentDiffusion":
         model.fail("target", f"is {model.target()}, only LatentDiffusion is supported.")
     params = model.section("params")
-    described = str(model.file) if files else "its own layout"
+    described = "its own layout" if model.file == path else str(model.file)
 
     unet_config = params.section("unet_config")
     if unet_config.target() != "UNetModel":
@@ -111,15 +113,19 @@ def read(checkpoint: Checkpoint, config: Path | None, *, null_class: int | None,
 
 
 def _model_section(checkpoint: Checkpoint, config: Path | None) -> tuple[Section, dict[str, Path], list[str]]:
-    """(the `model` section, the YAML that it was read from if any, notes): of the YAML that was named or lies beside
-    the file, or, for Stable Diffusion, of the layout of the tensors.
+    """(the `model` section, the YAML that was read if any, notes): of the YAML that was named or lies beside the file,
+    or, for Stable Diffusion, of the layout of the tensors, with what a YAML of another form adds.
     """
+    files: dict[str, Path] = {}
+    said: dict[str, Any] = {}
     path = config or next((place for place in _places_beside(checkpoint.path) if place.is_file()), None)
     if path is not None:
         model = read_config(path).section("model")
+        files = {"config": path}
         if model.target() != _SDXL_ENGINE:
-            return model, {"config": path}, []
-    found = describe(checkpoint)
+            return model, files, []
+        said = engine_params(model)
+    found = describe(checkpoint, said)
     if found is None:
         beside = " and ".join(map(str, _places_beside(checkpoint.path)))
         attends = any(".attn2." in name for name in checkpoint.tensors)
@@ -130,7 +136,7 @@ def _model_section(checkpoint: Checkpoint, config: Path | None) -> tuple[Section
             )
         raise CheckpointError(f"{checkpoint.path}: no config, looked for {beside}. Give it with --config FILE.")
     section, notes = found
-    return section, {}, list(notes)
+    return section, files, list(notes)
 
 
 def _places_beside(path: Path) -> tuple[Path, Path]:

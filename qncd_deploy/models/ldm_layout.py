@@ -5,7 +5,8 @@
     conditioner.embedders.{0,1}.*       Stable Diffusion XL: both
 
 Channels, blocks, attention and depths are in the tensors' shapes. What is not is taken from the published configs:
-heads, betas, the scale of the latents, their size, and what the network predicts.
+heads, betas, the scale of the latents, their size, and what the network predicts. generative-models' YAML says all of
+these but heads and size, by other names.
 Source: CompVis/stable-diffusion v1-inference.yaml; Stability-AI/stablediffusion v2-inference-v.yaml;
 Stability-AI/generative-models sd_xl_base.yaml.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +33,43 @@ _NOISE_PREDICTOR = 875000
 """global_step of the release of Stable Diffusion 2 that predicts noise, at 512 pixels; diffusers tells it so too."""
 
 
-def describe(checkpoint: Checkpoint) -> tuple[Section, tuple[str, ...]] | None:
+def engine_params(model: Section) -> dict[str, Any]:
+    """What generative-models' YAML says and tensors do not, as entries of CompVis' `params`.
+
+    model: its `model` section, of a DiffusionEngine. Raises CheckpointError for what would make another sampler.
+    """
+    params = model.section("params")
+    denoiser = params.section("denoiser_config")
+    if denoiser.target() != "DiscreteDenoiser":
+        denoiser.fail("target", f"is {denoiser.target()}, only DiscreteDenoiser is supported.")
+    inner = denoiser.section("params")
+    inner.only({key: None for key in _DENOISER} | {"do_append_zero": False, "flip": True})
+    scaling, betas = inner.section("scaling_config"), inner.section("discretization_config")
+    if scaling.target() not in _SCALINGS:
+        scaling.fail("target", f"is {scaling.target()}, expected one of {', '.join(_SCALINGS)}.")
+    if betas.target() != "LegacyDDPMDiscretization":
+        betas.fail("target", f"is {betas.target()}, only LegacyDDPMDiscretization is supported.")
+    legacy = betas.section("params") if betas.entries.get("params") else Section(betas.file, betas.place, {})
+    legacy.only(dict.fromkeys(_LEGACY))
+    found = {key: legacy.get(key, default) for key, default in _LEGACY.items()}
+    steps = found.pop("num_timesteps")
+    if inner.need("num_idx", int) != steps:
+        inner.fail("num_idx", f"is {inner.need('num_idx', int)}, only all {steps} timesteps are supported.")
+    scale = params.get("scale_factor", 1.0)
+    return {**found, "timesteps": steps, "parameterization": _SCALINGS[scaling.target()], "scale_factor": scale}
+
+
+_DENOISER = ("num_idx", "scaling_config", "discretization_config", "weighting_config", "quantize_c_noise")
+_LEGACY = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000}
+_SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}
+
+
+def describe(
+    checkpoint: Checkpoint, said: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Section, tuple[str, ...]] | None:
     """(the `model` section of the YAML that the file would have, notes on what was assumed), None for other files.
+
+    said: entries of its `params` that are known.
 
     Raises: CheckpointError if a part of the model is missing.
     """
@@ -49,7 +86,9 @@ def describe(checkpoint: Checkpoint) -> tuple[Section, tuple[str, ...]] | None:
             raise CheckpointError(f"{checkpoint.path}: holds no '{needed}'. Give the file of the whole model.")
     notes: tuple[str, ...] = ()
     predicts_v = False
-    if tower == OPEN_CLIP:
+    if "parameterization" in said:
+        predicts_v = said["parameterization"] == "v"
+    elif tower == OPEN_CLIP:
         predicts_v = checkpoint.scalars.get("global_step") != _NOISE_PREDICTOR
         kind = "768, which predicts v" if predicts_v else "base, which predicts noise"
         notes = (f"Taken for Stable Diffusion 2 {kind}; put the model's YAML beside the file if it is another.",)
@@ -60,6 +99,7 @@ def describe(checkpoint: Checkpoint) -> tuple[Section, tuple[str, ...]] | None:
         "unet_config": {"target": "UNetModel", "params": _unet(unet, tower)},
         "first_stage_config": {"target": "AutoencoderKL", "params": _first_stage(stage)},
         "cond_stage_config": {"target": tower, "params": {"layer": "penultimate"} if tower == OPEN_CLIP else {}},
+        **said,
     }
     return Section(checkpoint.path, "model", {"target": "LatentDiffusion", "params": params}), notes
 
