@@ -54,7 +54,7 @@ class TextFacts:
     encoders: text encoders, one or two;  max_length: tokens that each reads, the prompt cut or padded to as many;
     time_ids: the picture's sizes that the network is told besides (original height and width, top and left of the crop,
     height and width asked for), None where it takes neither these nor the pooled text;
-    zero_null: without a negative prompt the null row is zeros, not the encoders' output for "".
+    zero_null: where no negative prompt is given, the null row is zeros, not the encoders' output for "".
     """
 
     encoders: int

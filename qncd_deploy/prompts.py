@@ -92,21 +92,22 @@ def what_is_cut(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[str]:
 
 
 def prompt_table(
-    prompts: Sequence[str], negative: str, towers: Sequence[tuple[Tokenizer, Encode]], facts: TextFacts
+    prompts: Sequence[str], negative: str | None, towers: Sequence[tuple[Tokenizer, Encode]], facts: TextFacts
 ) -> dict[str, np.ndarray]:
     """The condition of every prompt and, as the last row, of the negative one: {graph input: (P + 1, ...) float32}.
 
+    negative: None where there is none, which is "" or zeros, as facts.zero_null says; "" is never zeros.
     towers: tokenizer and encoder of each of facts.roles, used one after the other, so that an encoder may open what it
     needs when it is called and close it again. What their windows cut off is logged.
     """
-    texts = [*prompts, negative]
+    texts = [*prompts, negative or ""]
     for line in dict.fromkeys(line for tokenizer, _ in towers for line in what_is_cut(tokenizer, texts)):
         log.info(line)
     outputs = [encode(tokenize(tokenizer, texts)) for tokenizer, encode in towers]
     table = {"encoder_hidden_states": np.concatenate([output["hidden"] for output in outputs], axis=-1)}
     if facts.time_ids is not None:
         table["text_embeds"] = np.array(outputs[-1]["pooled"])
-    if facts.zero_null and not negative:
+    if facts.zero_null and negative is None:
         for rows in table.values():
             rows[-1] = 0
     if facts.time_ids is not None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.bundle import Manifest, check_files, read_manifest
+from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, Tables, identity_table, load_tables
 from qncd_deploy.engines.base import (
     BaseEngine,
@@ -383,7 +384,7 @@ class Bundle:
 
     def correction_table(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
         """The table to use, from the first file that has it, the bundle's own last. Raises ScheduleError if a method
-        that was named is nowhere.
+        that was named is nowhere, UsageError if there is no such method.
         """
         if method == "off":
             return identity_table(key)
@@ -400,6 +401,10 @@ class Bundle:
         for tables in searched:
             if any(table.method == method and table.key == key for table in tables.tables):
                 return tables.find(method, key)
+        fitted = {table.method for tables in searched for table in tables.tables}
+        if method not in METHODS.keys() | fitted:  # which `qncd fit` would not change
+            made = "".join(f", {name}" for name in sorted(fitted - METHODS.keys()))
+            raise UsageError(f"correction {method}: expected auto, off or one of {', '.join(METHODS)}{made}.")
         return searched[-1].find(method, key)
 
 

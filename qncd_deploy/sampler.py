@@ -44,7 +44,7 @@ class Text:
     """
 
     prompts: tuple[str, ...]
-    encode: Callable[[Sequence[str], str], Mapping[str, np.ndarray]]
+    encode: Callable[[Sequence[str], str | None], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +100,15 @@ class Sampler:
     def prompted(self, prompts: Sequence[str] | None = None, negative_prompt: str | None = None) -> Sampler:
         """This sampler, whose engines it uses, for other prompts: they are encoded once, here.
 
-        prompts: None for the bundle's own;  negative_prompt: what guidance leads away from, None for "".
+        prompts: None for the bundle's own;  negative_prompt: what guidance leads away from, None
+        for what the network was made to be led away from, "" or zeros (see TextFacts).
         Raises: UsageError as check_prompts does; EngineError or BundleError if they cannot be encoded.
         """
         network = self.network
         check_prompts(network.facts.condition, self.guidance_scale, prompts=prompts, negative_prompt=negative_prompt)
         assert network.text is not None, "a text network comes with a way to encode"
         drawn = network.text.prompts if prompts is None else tuple(prompts)
-        told = network.text.encode(drawn, negative_prompt or "")
+        told = network.text.encode(drawn, negative_prompt)
         condition = ConditionFacts("text", classes=len(drawn) + 1, null_class=len(drawn))
         return Sampler(
             replace(

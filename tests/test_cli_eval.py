@@ -176,7 +176,8 @@ def test_gates_are_about_the_first_correction(bundle: Path, home: Path, gate: tu
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["--correction", "magic"], 1, "no table for correction 'magic'"),
+        (["--correction", "magic"], 2, "correction magic: expected auto, off or one of qncd, "),
+        (["--correction", "map"], 1, "no table for correction 'map', it holds dns, ptqd, tac. Run `qncd fit"),
         (["--correction", "tac"], 1, "fitted for eta 1.0, asked for eta 0.0. Run `qncd fit"),
         (["--correction", "dns", "--n-steps", "5"], 1, "fitted for n_steps 4"),
         (["--class-label", "7"], 1, "class 7"),

@@ -52,7 +52,7 @@ def test_labels_take_turns(bundle: Path, tmp_path: Path) -> None:
         (["--n-steps", "1000"], 1, "1000"),
         (["--n-steps", "0"], 1, "0"),
         (["--eta", "2"], 1, "eta"),
-        (["--correction", "magic"], 1, "magic"),
+        (["--correction", "magic"], 2, "correction magic: expected auto, off or one of qncd, "),
         (["--n-steps", "3", "--correction", "qncd"], 1, "qncd fit"),
         (["--float", "--correction", "qncd"], 2, "float twin"),
         (["-o", "no/such/folder/grid.png"], 1, "no/such/folder"),

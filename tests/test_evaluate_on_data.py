@@ -66,6 +66,14 @@ def test_equal_networks_differ_by_nothing(bundle: Bundle, data: Path, tmp_path: 
     assert found.to_json()["sqnr_db"]["value"] is None and set(found.to_json()["row_sqnr_db"]) == {None}
 
 
+def test_progress_is_told_by_rows(bundle: Bundle, data: Path) -> None:
+    done: list[tuple[int, int]] = []
+    found = compare_on_data(bundle, data, backend="onnxruntime", on_progress=lambda n, of: done.append((n, of)))
+    total = 2 * found.sqnr_db.n
+    assert {of for _, of in done} == {total} and done[-1][0] == total
+    assert len(done) > 2 and [n for n, _ in done] == sorted({n for n, _ in done})
+
+
 def test_data_of_another_network_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", sample=np.zeros((2, 3, 8, 8)))
     with pytest.raises(CalibrationError, match=r"other\.npz: arrays \['sample'\], the network's inputs are"):

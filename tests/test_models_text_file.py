@@ -69,7 +69,7 @@ TRUE_PARAMS: dict[str, dict[str, Any]] = {
 
 def table(source: SourceModel) -> dict[str, np.ndarray]:
     towers = [(encoder.tokenizer, encoder.encode) for encoder in source.text.encoders]
-    return prompt_table(PROMPTS, "", towers, source.text.facts)
+    return prompt_table(PROMPTS, None, towers, source.text.facts)
 
 
 def close(found: Any, expected: Any) -> bool:

@@ -34,7 +34,7 @@ def saved(name: str, folder: Path, **unet: Any) -> tuple[Any, Path]:
     return pipe, folder
 
 
-def table(source: SourceModel, prompts: list[str] = PROMPTS, negative: str = "") -> dict[str, np.ndarray]:
+def table(source: SourceModel, prompts: list[str] = PROMPTS, negative: str | None = None) -> dict[str, np.ndarray]:
     towers = [(encoder.tokenizer, encoder.encode) for encoder in source.text.encoders]
     return prompt_table(prompts, negative, towers, source.text.facts)
 

@@ -49,9 +49,9 @@ def test_one_encoder(name: str, negative: str) -> None:
     np.testing.assert_allclose(rows[-1], null[0].numpy(), rtol=0, atol=1e-5 * np.abs(rows).max())
 
 
-@pytest.mark.parametrize("negative", ["", "watercolour"])
+@pytest.mark.parametrize("negative", [None, "", "watercolour"])
 @pytest.mark.parametrize("zeros", [True, False])
-def test_two_encoders(negative: str, zeros: bool) -> None:
+def test_two_encoders(negative: str | None, zeros: bool) -> None:
     pipe = TWINS["sdxl"]()
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     sizes = (PICTURE, PICTURE, 0, 0, PICTURE, PICTURE)
@@ -60,9 +60,7 @@ def test_two_encoders(negative: str, zeros: bool) -> None:
         tower(pipe.tokenizer_2, pipe.text_encoder_2, penultimate=True),
     ]
     table = prompt_table(PROMPTS, negative, towers, TextFacts(2, TOKENS, time_ids=sizes, zero_null=zeros))
-    given, null, pooled, null_pooled = pipe.encode_prompt(
-        PROMPTS, None, "cpu", 1, True, negative_prompt=negative or None
-    )
+    given, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, None, "cpu", 1, True, negative_prompt=negative)
     assert table["time_ids"].dtype == np.float32 and (table["time_ids"] == sizes).all()
     assert table["time_ids"].shape == (5, 6)
     for rows, prompts, empty in (
@@ -72,7 +70,7 @@ def test_two_encoders(negative: str, zeros: bool) -> None:
         tolerance = 1e-5 * np.abs(rows).max()  # as above
         np.testing.assert_allclose(rows[:-1], prompts.numpy(), rtol=0, atol=tolerance)
         np.testing.assert_allclose(rows[-1], empty[0].numpy(), rtol=0, atol=tolerance)
-    assert (table["encoder_hidden_states"][-1] == 0).all() == (zeros and not negative)
+    assert (table["encoder_hidden_states"][-1] == 0).all() == (zeros and negative is None)
 
 
 def test_ids_are_those_of_transformers() -> None:

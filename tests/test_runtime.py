@@ -224,8 +224,12 @@ def test_tables_beside_the_bundle_come_first(folder: Path, tmp_path: Path) -> No
         assert sampler.table.method == "toy"
     with Bundle.open(folder).sampler("onnxruntime", tables=[tmp_path / "fit.npz"], correction="toy") as sampler:
         assert sampler.table.method == "toy"
-    with pytest.raises(ScheduleError, match=rf"no table for correction 'toy'.*Run `qncd fit {folder} "):
+    with pytest.raises(ScheduleError, match=rf"no table for correction 'tac'.*Run `qncd fit {folder} "):
+        Bundle.open(folder).sampler("onnxruntime", correction="tac")
+    with pytest.raises(UsageError, match="correction toy: expected auto, off or one of qncd, "):  # no fit can help
         Bundle.open(folder).sampler("onnxruntime", correction="toy")
+    with pytest.raises(UsageError, match=r"correction tow: expected .*, toy\."):
+        Bundle.open(folder).sampler("onnxruntime", tables=[tmp_path / "fit.npz"], correction="tow")
 
 
 def test_the_float_twin_takes_no_correction_and_no_coarser_remainder(folder: Path) -> None:

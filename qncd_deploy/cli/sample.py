@@ -44,7 +44,11 @@ from qncd_deploy.subjects import check_prompts, check_size, parse_labels
 @click.option("--seed", type=click.IntRange(0), default=0, help="Picture i depends on (seed, i) alone.")
 @class_label_option
 @prompt_options
-@click.option("--negative-prompt", metavar="TEXT", help='What guidance leads away from.  [default: ""]')
+@click.option(
+    "--negative-prompt",
+    metavar="TEXT",
+    help='What guidance leads away from.  [default: "", or zeros for a network that is made for these]',
+)
 @click.option("--height", type=click.IntRange(1), help="In pixels: checked, since a bundle draws one size only.")
 @click.option("--width", type=click.IntRange(1), help="As --height.")
 @sampling_options

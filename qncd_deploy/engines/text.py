@@ -25,14 +25,14 @@ Open = Callable[[], BaseEngine]
 
 def prompt_encoder(
     towers: Sequence[tuple[Path, Open]], facts: TextFacts
-) -> Callable[[Sequence[str], str], Mapping[str, np.ndarray]]:
+) -> Callable[[Sequence[str], str | None], Mapping[str, np.ndarray]]:
     """(prompts, negative prompt) -> what the network is told of them, see prompts.prompt_table.
 
     towers: tokenizer and text encoder of each of facts.roles. What is returned raises as open_tokenizer and opening
     the encoders do.
     """
 
-    def encode(prompts: Sequence[str], negative: str) -> Mapping[str, np.ndarray]:
+    def encode(prompts: Sequence[str], negative: str | None) -> Mapping[str, np.ndarray]:
         opened = [(open_tokenizer(words), text_encoder(encoder)) for words, encoder in towers]
         return prompt_table(prompts, negative, opened, facts)
 

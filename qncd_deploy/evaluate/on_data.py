@@ -14,8 +14,10 @@ import numpy as np
 
 from qncd_deploy.calib.trajectories import load_user_npz
 from qncd_deploy.engines.base import BaseEngine, Remainder, default_backend, find_backend
-from qncd_deploy.engines.eps_model import in_groups, row_sizes
+from qncd_deploy.engines.eps_model import full_groups, row_sizes
 from qncd_deploy.errors import EngineError
+from qncd_deploy.evaluate.batches import Tick
+from qncd_deploy.evaluate.compare import counter
 from qncd_deploy.evaluate.metrics import Estimate, bootstrap, decibels, row_power
 from qncd_deploy.runtime import Bundle
 
@@ -55,22 +57,21 @@ def compare_on_data(
 ) -> OutputFigures:
     """Run both networks on the rows of an npz, arrays named as the graph's inputs.
 
-    seed: of the bootstrap;  on_progress: network calls done and in all, a call being one group of rows.
+    seed: of the bootstrap;  on_progress: rows that went through a network, and all that will.
 
     Raises: CalibrationError for data that do not fit the network, EngineError as open_engine does and for outputs that
     are not finite.
     """
     backend = backend or default_backend()
     rows = load_user_npz(data, bundle.manifest.model.inputs)
+    tick = counter(2 * len(rows), on_progress)
     outputs: list[np.ndarray] = []
     engine_id = ""
     for role, precision in (("float", "f32"), (find_backend(backend).role(remainder), remainder)):
         roles = bundle.network_roles(role)
         with bundle.open_network(backend, roles, remainder=precision, threads=threads) as engine:
-            outputs.append(_outputs(engine, rows.arrays))
+            outputs.append(_outputs(engine, rows.arrays, tick))
             engine_id = engine.engine_id
-        if on_progress is not None:
-            on_progress(len(outputs), 2)
     exact, found = outputs
     signal, noise = row_power(exact), row_power(found - exact)
     error = bootstrap(lambda chosen: float(noise[chosen].sum() / signal[chosen].sum()), len(signal), seed=seed)
@@ -82,16 +83,16 @@ def compare_on_data(
     )
 
 
-def _outputs(engine: BaseEngine, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+def _outputs(engine: BaseEngine, arrays: Mapping[str, np.ndarray], tick: Tick) -> np.ndarray:
     names, first = list(engine.inputs), next(iter(engine.inputs.values()))
     output = next(iter(engine.outputs))
     largest = max(array[0].size for array in arrays.values())
     rows = int(np.clip(_NUMBERS // max(largest, 1), 1, min(_ROWS, len(arrays[names[0]]))))
-    found = in_groups(
-        lambda *parts: engine(dict(zip(names, parts, strict=True)))[output],
-        [arrays[name] for name in names],
-        rows=row_sizes(engine, first, rows),
-    )
+    parts = []
+    for group, held in full_groups([arrays[name] for name in names], rows=row_sizes(engine, first, rows)):
+        parts.append(engine(dict(zip(names, group, strict=True)))[output][:held])
+        tick(held)
+    found = np.concatenate(parts)
     if not np.isfinite(found).all():
         raise EngineError(f"{engine.path}: {engine.engine_id} returns values that are not finite on these inputs.")
     return found

@@ -146,10 +146,10 @@ def _told_by_classes(source: SourceModel, options: ExportOptions) -> _Told:
 
 
 def _told_by_prompts(text: Text, options: ExportOptions) -> _Told:
-    """A table of prompts, the last row being the negative one, which is empty."""
+    """A table of prompts, the last row being that of no negative one."""
     prompts = shipped_prompts() if options.prompts_file is None else read_prompts(options.prompts_file)
     towers = [(encoder.tokenizer, encoder.encode) for encoder in text.encoders]
-    rows = prompt_table(prompts, "", towers, text.facts)
+    rows = prompt_table(prompts, None, towers, text.facts)
     return _Told(ConditionFacts("text", len(prompts) + 1, len(prompts)), rows, prompts)
 
 
