@@ -16,6 +16,7 @@ from engine_graphs import network_feeds, reference, save_network
 from qncd_deploy.engines import base
 from qncd_deploy.engines.base import (
     BACKENDS,
+    Backend,
     BaseEngine,
     available_backends,
     check_feeds,
@@ -173,6 +174,20 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(
     absent |= {backend.module.rpartition(".")[2] for backend in BACKENDS.values()}
     with pytest.raises(BackendMissing, match=r"no inference engine on this machine\. Install one: pip install"):
         default_backend()
+
+
+def test_a_full_gpu_is_no_reason_to_do_without_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(BaseEngine):
+        @classmethod
+        def library_version(cls, backend: Backend) -> str | None:
+            if backend.device == "gpu":
+                raise EngineError("GPU: out of memory on Fake GPU before anything was loaded.")
+            return None if backend.name == "torch" else super().library_version(backend)
+
+    monkeypatch.setattr(base, "engine_class", lambda backend: Full)
+    monkeypatch.setattr(base, "BACKENDS", dict(reversed(BACKENDS.items())))
+    assert {status.missing is None for status in available_backends() if "tensorrt" in status.name} == {False}
+    assert BACKENDS[default_backend()].device == "cpu"
 
 
 def test_contiguous_feeds_are_passed_on_without_a_copy() -> None:

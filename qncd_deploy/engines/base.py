@@ -337,9 +337,10 @@ def available_backends() -> tuple[BackendStatus, ...]:
 
 
 def backend_status(backend: Backend) -> BackendStatus:
+    """Never raises: a GPU whose memory is taken is missing like one that is not there, and the next backend may do."""
     try:
         version = engine_class(backend).library_version(backend)
-    except BackendMissing as exc:
+    except EngineError as exc:
         return BackendStatus(backend.name, None, str(exc))
     return BackendStatus(backend.name, version, None)
 
