@@ -31,6 +31,7 @@ from qncd_deploy.engines.base import (
     make_engine_id,
     open_engine,
 )
+from qncd_deploy.engines.decoder import require_slices
 from qncd_deploy.engines.eps_model import input_roles
 from qncd_deploy.engines.stepped import SteppedEngine
 from qncd_deploy.engines.stored import give_blobs, stored_source
@@ -284,6 +285,8 @@ class Bundle:
             if part is not None:
                 engines[part] = opened.enter_context(self.open_part(backend, part, threads=threads))
             self.load_blobs(engines, blobs)
+            if vae_slicing and part is not None:
+                require_slices(engines[part], self.path, backend)
             network = Network(
                 place=self.path,
                 source=self.network_id(roles),

@@ -258,7 +258,7 @@ class Sampler:
         decoder = self.network.decoder
         if decoder is None:
             return latents if latents.shape[1] in (1, 3) else None
-        rows = 1 if self.network.slices else batch_size or min(self.batch_size, len(latents))
+        rows = None if self.network.slices else batch_size or min(self.batch_size, len(latents))
         return decode(decoder, latents, rows=rows)
 
     def kernels(self) -> tuple[Kernel, ...]:

@@ -11,16 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qncd_deploy.engines.base import BaseEngine
-from qncd_deploy.engines.decoder import OVERLAP, decode, spans, tile_shape
+from qncd_deploy.engines.decoder import OVERLAP, decode, require_slices, spans, tile_shape
+from qncd_deploy.errors import UsageError
 from qncd_deploy.specs import TensorSpec
 
 SCALE = 8
 
 
 class Fake(BaseEngine):
-    """A decoder of latents (4, *tile) by a function of NumPy arrays, which counts the rows of its calls."""
+    """A decoder of latents (4, *tile) by a function of NumPy arrays, which counts the rows of its calls. built: for
+    these numbers of rows.
+    """
 
-    def __init__(self, tile: tuple[int, int], function) -> None:
+    def __init__(self, tile: tuple[int, int], function, built: tuple[int, ...] = ()) -> None:
+        self.built = built
         latents = TensorSpec("latents", "float32", ("batch", 4, *tile))
         images = TensorSpec("images", "float32", ("batch", 3, *(SCALE * side for side in tile)))
         super().__init__("fake-f32", Path("decoder"), {"latents": latents}, {"images": images})
@@ -29,6 +33,10 @@ class Fake(BaseEngine):
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.rows.append(len(feeds["latents"]))
         return {"images": self.function(feeds["latents"])}
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        return self.built
 
     def _close(self) -> None: ...
 
@@ -69,9 +77,17 @@ def test_a_decoder_that_sees_no_neighbours_gives_the_same_by_tiles(tile: tuple[i
 
 def test_slices_are_single_pictures() -> None:
     z = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
-    engine = Fake((8, 8), pointwise)
-    np.testing.assert_array_equal(decode(engine, z, rows=1), pointwise(z))
-    assert engine.rows == [1, 1, 1]
+    for built in ((), (1, 16)):
+        engine = Fake((8, 8), pointwise, built)
+        np.testing.assert_array_equal(decode(engine, z, rows=None), pointwise(z))
+        assert engine.rows == [1, 1, 1]
+        require_slices(engine, Path("export/x"), "tensorrt")
+    with pytest.raises(UsageError) as refused:
+        require_slices(Fake((8, 8), pointwise, (4, 16)), Path("export/x"), "tensorrt")
+    assert str(refused.value) == (
+        "--vae-slicing: the decoder that was built takes 4 or 16 pictures at a time. Build it for single ones, too, "
+        "with `qncd build export/x --backend tensorrt --batch 1,4,16`, or leave it out."
+    )
 
 
 def test_large_pictures_get_tiles_of_two_fifths() -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.eps_model import in_groups, row_sizes
+from qncd_deploy.errors import UsageError
 from qncd_deploy.specs import Array
 
 OVERLAP = 0.25
@@ -36,13 +38,25 @@ def tile_shape(latent_shape: Sequence[int], image_shape: Sequence[int]) -> tuple
     return (channels, *(math.ceil(5 / 8 * side) for side in sides))
 
 
-def decode(engine: BaseEngine, latents: Array, *, rows: int) -> Array:
-    """(N, C, H, W) latents to (N, c, fH, fW) pictures, where the latents are; as many rows at a time as in_groups says.
+def require_slices(engine: BaseEngine, bundle: Path, backend: str) -> None:
+    """Raises UsageError, with how to build it, for a decoder that was built, but not for single pictures."""
+    sizes = engine.row_sizes
+    if sizes and 1 not in sizes:
+        raise UsageError(
+            f"--vae-slicing: the decoder that was built takes {' or '.join(map(str, sizes))} pictures at a time. Build "
+            f"it for single ones, too, with `qncd build {bundle} --backend {backend} "
+            f"--batch {','.join(map(str, (1, *sizes)))}`, or leave it out."
+        )
 
-    engine: of a graph for latents of this size, or of a smaller one, which is that of the tiles.
+
+def decode(engine: BaseEngine, latents: Array, *, rows: int | None) -> Array:
+    """(N, C, H, W) latents to (N, c, fH, fW) pictures, where the latents are.
+
+    engine: of a graph for latents of this size, or of a smaller one, which is that of the tiles;  rows: as many at a
+    time as in_groups says, None for the fewest that the engine takes.
     """
     (spec,), (name, output) = engine.inputs.values(), next(iter(engine.outputs.items()))
-    sizes = row_sizes(engine, spec, rows)
+    sizes = row_sizes(engine, spec, 1)[:1] if rows is None else row_sizes(engine, spec, rows)
 
     def run(part: Array) -> Array:
         return in_groups(lambda group: engine({spec.name: group})[name], [part], rows=sizes)
