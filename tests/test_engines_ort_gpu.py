@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
     pytest.skip("this ONNX Runtime does not tell where nodes run", allow_module_level=True)
 
@@ -89,6 +89,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
     monkeypatch.setattr(ort_gpu, "find_device", lambda: GPU)
     monkeypatch.setattr(ort_gpu, "_plugin_devices", lambda: ["first", "second"])
+    monkeypatch.setattr(ort_gpu, "_failure", lambda provider: None)
 
 
 @pytest.fixture
@@ -156,9 +157,38 @@ def test_shape_arithmetic_may_leave_cuda_but_not_tensorrt(graph: Path, monkeypat
 def test_a_provider_that_did_not_start_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "get_providers", lambda self: ["CPUExecutionProvider"])
     with pytest.raises(
-        BuildFailed, match="TensorrtExecutionProvider does not run all of it: with CPUExecutionProvider"
+        BackendMissing, match=r"TensorrtExecutionProvider's libraries could not be loaded \(its session"
     ):
         open_engine("onnxruntime-tensorrt", graph)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_whose_libraries_are_not_there_is_missing(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled in, as get_available_providers tells, is not enough; what is missing is loaded first where it can be."""
+    monkeypatch.undo()
+    ort_gpu._failure.cache_clear()
+    monkeypatch.setattr(ort_gpu, "find_device", lambda: GPU)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: list(ort_gpu.PROVIDERS.values()))
+    loaded = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: (print("Failed to load libcublas"), loaded.append("CUDA")))
+    real = ort_gpu.importlib.import_module
+    monkeypatch.setattr(
+        ort_gpu.importlib, "import_module", lambda name: loaded.append(name) if name == "tensorrt" else real(name)
+    )
+    for backend, needed in (("onnxruntime-cuda", "CUDA and cuDNN,"), ("onnxruntime-tensorrt", "cuDNN and TensorRT,")):
+        missing = backend_status(BACKENDS[backend]).missing
+        assert missing is not None and needed in missing and "'s libraries could not be loaded (" in missing
+        assert "\n" not in missing
+        with pytest.raises(BackendMissing):
+            open_engine(backend, graph)
+    assert loaded == ["CUDA", "CUDA", "tensorrt"]  # once for each
+    assert capfd.readouterr() == ("", "")
+    assert ort_gpu._failure("CPUExecutionProvider") is None
+    ort_gpu._failure.cache_clear()
+    (node,) = onnx.load_from_string(ort_gpu._IDENTITY).graph.node
+    assert node.op_type == "Identity"
 
 
 @pytest.mark.parametrize(("backend", "prefix"), [("onnxruntime-tensorrt", "trt"), ("onnxruntime-rtx", "nv")])

@@ -12,7 +12,9 @@ on no GPU, only on sessions that pretend.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,7 +160,7 @@ class OrtGpuEngine(SessionEngine):
         return settings
 
     def _check_partition(self, path: Path, session: ort.InferenceSession) -> None:
-        """Raises BuildFailed naming the nodes that are not the provider's."""
+        """Raises BuildFailed naming the nodes that are not the provider's, BackendMissing if it is not there at all."""
         strays = [
             f"{node.op_type} {node.name!r} on {part.ep_name}"
             for part in session.get_provider_graph_assignment_info()
@@ -166,12 +168,13 @@ class OrtGpuEngine(SessionEngine):
             for node in part.get_nodes()
             if not (self._backend == "onnxruntime-cuda" and node.op_type in _SHAPE_ARITHMETIC)
         ]
-        if strays or self._provider not in session.get_providers():
+        if self._provider not in session.get_providers():
+            raise _not_loaded(self._backend, f"its session has {', '.join(session.get_providers())}")
+        if strays:
             more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-            found = ", ".join(strays[:3]) + more or f"with {', '.join(session.get_providers())}"
             raise BuildFailed(
-                f"{path}: {self._provider} does not run all of it: {found}. Use --backend tensorrt, which says why, or "
-                "onnxruntime-cuda."
+                f"{path}: {self._provider} does not run all of it: {', '.join(strays[:3])}{more}. Use --backend "
+                "tensorrt, which says why, or onnxruntime-cuda."
             )
 
     def _facts(self, shapes: Shapes, source: str) -> ContextFacts:
@@ -188,7 +191,9 @@ _WORDS = {
 
 
 def check_provider(backend: str) -> None:
-    """Raises BackendMissing, with what to install, if ONNX Runtime here does not have a backend's provider."""
+    """Raises BackendMissing, with what to install, if ONNX Runtime here does not have a backend's provider, or has it
+    without the libraries that it needs.
+    """
     install = find_backend(backend).install
     if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
         raise BackendMissing(
@@ -202,6 +207,46 @@ def check_provider(backend: str) -> None:
             f"{backend}: this ONNX Runtime has {', '.join(ort.get_available_providers())}, not {PROVIDERS[backend]}. "
             f"Install it: {install}"
         )
+    elif (why := _failure(PROVIDERS[backend])) is not None:
+        raise _not_loaded(backend, why)
+
+
+def _not_loaded(backend: str, why: str) -> BackendMissing:
+    needed = "CUDA and cuDNN" + (" and TensorRT" if backend == "onnxruntime-tensorrt" else "")
+    return BackendMissing(
+        f"{backend}: {PROVIDERS[backend]}'s libraries could not be loaded ({why}); it needs {needed}, of the versions "
+        f"that this ONNX Runtime {ort.__version__} was made with. Install them: {find_backend(backend).install}"
+    )
+
+
+@cache
+def _failure(provider: str) -> str | None:
+    """Why a provider that was compiled in does not start; None if it does.
+
+    Its libraries may come as wheels, which lie on no search path: ONNX Runtime loads those of CUDA and cuDNN when it is
+    asked to, TensorRT's package loads its own.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # where it reports what it does not find
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+    if provider == PROVIDERS["onnxruntime-tensorrt"]:
+        with contextlib.suppress(ImportError, OSError):
+            importlib.import_module("tensorrt")
+    ort.set_default_logger_severity(4)  # it would print the same, on several lines
+    try:
+        session = ort.InferenceSession(_IDENTITY, session_options(), providers=[provider], enable_fallback=0)
+    except Exception as exc:  # the library raises its own classes, which share no base of their own
+        return first_line(exc)
+    finally:
+        ort.set_default_logger_severity(2)
+    return None if provider in session.get_providers() else f"its session has {', '.join(session.get_providers())}"
+
+
+_IDENTITY = bytes.fromhex(
+    "08083a390a120a017812017922084964656e746974793a001201705a0f0a0178120a0a08080112040a020801620f0a0179120a0a0808011204"
+    "0a02080142040a00100d"
+)
+"""A model of one node, y = Identity(x) of float32 (1,): what it takes to open a session."""
 
 
 @cache
