@@ -40,8 +40,14 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
 
 
 @pytest.fixture(scope="session")
-def bundle(exported: Export) -> Path:
-    """The bundle of the tiny checkpoint, to be read only."""
+def bundle(request: pytest.FixtureRequest) -> Path:
+    """The bundle of the tiny checkpoint, to be read only; or the one that QNCD_TEST_BUNDLE names, for boards that can
+    run engines and cannot export.
+    """
+    named = os.environ.get("QNCD_TEST_BUNDLE")
+    if named:
+        return Path(named).resolve()
+    exported: Export = request.getfixturevalue("exported")
     return exported.bundle
 
 

@@ -1,4 +1,5 @@
-"""What needs an NVIDIA GPU, `python -m pytest -m gpu`: every library installed builds and runs the tiny network.
+"""What needs an NVIDIA GPU, `python -m pytest -m gpu`: every library installed builds and runs the tiny network, or the
+bundle that QNCD_TEST_BUNDLE names.
 
 Speed is `qncd bench`'s business.
 """
@@ -103,17 +104,17 @@ def test_built_checked_kept_and_sampled(native: str, bundle: Path, tmp_path: Pat
     shelf = ("--backend", native, "--engine-dir", tmp_path)
     done = qncd("build", bundle, *shelf, "--batch", 2, "--json")
     assert done.code == 0, done.err
-    unet, decoder = json.loads(done.out)["engines"]
-    assert unet["parity"] and decoder["parity"], "the gate ran"
+    unet, *others = json.loads(done.out)["engines"]
+    assert unet["parity"] and all(other["parity"] for other in others), "the gate ran"
     assert unet["missed"] == [], "planned layers run in INT8"
     again = qncd("build", bundle, *shelf, "--batch", 2, "--json")
-    assert [engine["seconds"] for engine in json.loads(again.out)["engines"]] == [None, None]
+    assert {engine["seconds"] for engine in json.loads(again.out)["engines"]} == {None}
     drawn = qncd("sample", bundle, *shelf, "-n", 3, "--batch-size", 2, "-o", tmp_path / "pictures.npz")
     assert drawn.code == 0, drawn.err
     with np.load(tmp_path / "pictures.npz") as found, Bundle.open(bundle).sampler(float_twin=True) as exact:
         truth = exact.sample(3).latents
         error = np.sqrt(np.square(found["latents"] - truth).sum() / np.square(truth).sum())
-    assert error < 0.5, "four steps of INT8, each off by far less"
+    assert error < 0.5, "a few steps of INT8, each off by far less"
 
 
 def test_a_bench_times_what_was_built_and_tells_the_gpus_memory(native: str, bundle: Path, tmp_path: Path) -> None:
@@ -149,8 +150,10 @@ def test_calls_are_captured_as_a_graph(native: str, bundle: Path, caplog: pytest
 
 def test_float_twins_agree_with_the_cpus(backend: str, bundle: Path) -> None:
     cpu = next(
-        name for name in BACKENDS if BACKENDS[name].device == "cpu" and not backend_status(BACKENDS[name]).missing
+        (name for name, held in BACKENDS.items() if held.device == "cpu" and not backend_status(held).missing), None
     )
+    if cpu is None:
+        pytest.skip("no engine for the CPU")
     latents = []
     for name in (backend, cpu):
         with Bundle.open(bundle).sampler(name, float_twin=True, batch_size=2) as sampler:
