@@ -218,8 +218,8 @@ def _rows(
 
 
 def _renoise(step: Step, fix: StepFix, call: int) -> tuple[float, float]:
-    """x' -> sqrt(r) x' + sqrt(1 - r) e1 with r = abar / abar', abar' what x_mul leaves of the target's signal."""
-    reached = step.abar_next * fix.x_mul**2
+    """x' -> sqrt(r) x' + sqrt(1 - r) e1, r = abar / abar', abar' what scale and x_mul leave of the target's signal."""
+    reached = step.abar_next * (step.scale * fix.x_mul) ** 2
     if step.base == "saved" or reached <= step.abar:
         raise ScheduleError(f"correction row {call}: refresh needs an update that removes noise, this one does not.")
     ratio = step.abar / reached

@@ -74,6 +74,8 @@ class Step:
     base         "saved": update the state of the last remembered call, not the current one (PLMS' second call)
     push         the output, its x_0 and the state are remembered for later rows
     clip         x_0 is clipped to [-clip, clip] before it is used
+    scale        factor on x' in the end, which all the rest is told without: 1 / a' for the last row of euler where
+                 that ends above sigma = 0, since diffusers takes y = x / a for the result
     """
 
     t: float
@@ -88,6 +90,7 @@ class Step:
     base: Literal["current", "saved"] = "current"
     push: bool = False
     clip: float | None = None
+    scale: float = 1.0
 
     @property
     def a(self) -> float:
@@ -106,7 +109,7 @@ class Step:
 
     @property
     def eps_gain(self) -> float:
-        """How far x' moves per unit of error in the newest eps, x held fixed, clipping aside: ddim's B."""
+        """How far x' moves per unit of error in the newest eps, x held fixed, clip and scale aside: ddim's B."""
         return self.mix[0] * (self.eps_weight - self.x0_weights[0] * self.b / self.a)
 
 
@@ -152,7 +155,10 @@ def make_steps(
         return tuple(_ddpm_row(n, schedule) for n in nodes)
     eta = {"ddim": config.eta, "euler": 0.0, "euler-a": 1.0}[config.scheduler]
     clip = schedule.clip_sample if config.scheduler == "ddim" else None
-    return tuple(_ddim_row(n, eta, clip) for n in nodes)
+    rows = [_ddim_row(n, eta, clip) for n in nodes]
+    if config.scheduler == "euler" and schedule.final_sigma == "sigma_min":
+        rows[-1] = replace(rows[-1], scale=1 / math.sqrt(schedule.alphas_cumprod[0]))
+    return tuple(rows)
 
 
 def initial_scale(schedule: Schedule, config: SamplerConfig) -> float:
@@ -254,6 +260,8 @@ def advance(
     if step.std:
         assert z is not None, "a stochastic row needs its noise"
         x_next += step.std * z
+    if step.scale != 1:
+        x_next *= step.scale
     if step.push:
         memory = Memory((out, *memory.outputs[:2]), x0, x)
     return x_next, memory

@@ -90,14 +90,16 @@ def diffusers_trajectory(scheduler, n_steps, z, eta):
 
 
 def our_trajectory(schedule, config, z, noises):
-    """The state in the coordinates of diffusers: y = x / a for the Euler samplers."""
+    """The state in the coordinates of diffusers: y = x / a for the Euler samplers, and the result as it is."""
     x, memory, queue = z * initial_scale(schedule, config), Memory(), iter(noises)
     states, times = [], []
-    for step in make_steps(schedule, config):
+    steps = make_steps(schedule, config)
+    for step in steps:
         out = network(x, step.t)
         noise = next(queue) if step.std else None
         x, memory = advance(x, out, step, memory, noise, prediction=schedule.prediction)
-        states.append(x / math.sqrt(step.abar_next) if config.scheduler.startswith("euler") else x)
+        inside = config.scheduler.startswith("euler") and step is not steps[-1]
+        states.append(x / math.sqrt(step.abar_next) if inside else x)
         times.append(step.t)
     return states, times
 
@@ -234,17 +236,17 @@ def test_absorb_keeps_the_total_variance_or_recomputes_the_direction():
 
 def test_amplify_scales_the_increment_in_y():
     rng = np.random.default_rng(0)
-    for name in ("ddim", "dpmpp-2m", "plms", "ddpm"):
+    schedule = replace(Schedule.scaled_linear(0.0015, 0.0195), final_sigma="sigma_min")
+    for name in ("ddim", "dpmpp-2m", "plms", "ddpm", "euler"):
         memory = Memory()
-        for step in make_steps(Schedule.scaled_linear(0.0015, 0.0195), SamplerConfig(name, 6)):
+        for step in make_steps(schedule, SamplerConfig(name, 6)):
             x, eps, z = rng.standard_normal((3, *SHAPE))
             base = memory.base if step.base == "saved" else x
             scaled, _ = advance(x, eps, amplify(step, 1.25), memory, z)
             plain, memory = advance(x, eps, step, memory, z)
-            y, y_next = base / step.a, plain / math.sqrt(step.abar_next)
-            np.testing.assert_allclose(
-                scaled / math.sqrt(step.abar_next), y + 1.25 * (y_next - y), rtol=0, atol=1e-12 * np.abs(y).max()
-            )
+            a_next = math.sqrt(step.abar_next) * step.scale
+            y, y_next = base / step.a, plain / a_next
+            np.testing.assert_allclose(scaled / a_next, y + 1.25 * (y_next - y), rtol=0, atol=1e-12 * np.abs(y).max())
             assert amplify(step, 1.0) is step
 
 
