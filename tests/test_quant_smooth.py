@@ -121,16 +121,32 @@ EMBEDDING = {"emb": np.random.default_rng(4).normal(size=(5, C))}
 def test_candidates_of_every_method(method: str) -> None:
     amax = np.abs(FIT).max(axis=(0, 2, 3))
     found = block_candidates(method, BLOCK, CONV, embedding=EMBEDDING, channel_amax=amax)
-    assert len(found) == {"qncd:paper": 1, "qncd": len(QNCD_ALPHAS), "smoothquant": len(SMOOTHQUANT_ALPHAS)}[method]
+    assert len(found) == {"qncd:paper": 1, "qncd": 2 * len(QNCD_ALPHAS), "smoothquant": len(SMOOTHQUANT_ALPHAS)}[method]
     decision = choose(found, [CONV], fit=FIT, tune=TUNE, held_out=HELD_OUT, policy=POLICY)
     assert decision.kept == (method != "qncd:paper")  # its embedding knows nothing of the loud channels here
     assert decision.label.startswith(method)
 
 
-def test_a_given_alpha_is_the_only_candidate() -> None:
+def test_a_given_alpha_is_the_only_one() -> None:
     found = block_candidates("qncd", BLOCK, CONV, embedding=EMBEDDING, channel_amax=LOUD, alpha=1.0)
-    assert list(found) == ["qncd alpha 1"]
+    assert list(found) == ["qncd alpha 1", "qncd embedding alpha 1"]
     np.testing.assert_array_equal(found["qncd alpha 1"], np.minimum(LOUD, 8).astype(np.float32))
+
+
+def test_the_embedding_wins_where_few_pictures_have_not_shown_what_is_loud() -> None:
+    """At a timestep that none of the rows is of, one channel is ten times as loud."""
+    block = ResBlock("conv2.weight", "u", np.ones(C), np.zeros(C), 4, "scale-shift", ("emb",))
+    emb = np.zeros((5, 2 * C))
+    emb[0, 1] = 9.0  # of 1 + scale
+    x = samples(1) / LOUD.reshape(1, -1, 1, 1).astype(np.float32)
+    x[:, 1] *= 10
+    found = block_candidates("qncd", block, EVEN, embedding={"emb": emb}, channel_amax=np.ones(C))
+    for label, s in found.items():
+        alpha = float(label.split()[-1])
+        expected = np.where(np.arange(C) == 1, 10**alpha if "embedding" in label else 1, 1)
+        np.testing.assert_allclose(s, expected, rtol=1e-6)
+    decision = choose(found, [EVEN], fit=x, tune=x, held_out=x, policy=POLICY)
+    assert decision.label.startswith("qncd embedding") and decision.kept
 
 
 TOKENS = np.random.default_rng(6).normal(size=(3, 40, C)).astype(np.float32) * LOUD.astype(np.float32)

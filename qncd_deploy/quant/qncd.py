@@ -1,11 +1,12 @@
-"""QNCD's smoothing of the second convolution of a residual block, with factors read off the time embedding.
+"""QNCD's smoothing of the second convolution of a residual block, with factors read off the time embedding (or, ours,
+off what calibration saw).
 
 With g, b the affine of the block's second GroupNorm and GN0 the same normalisation without it, the block computes
     additive:      u = SiLU(g GN0(h + emb) + b),                      y = conv2(u)
     scale-shift:   u = SiLU((g GN0(h) + b) (1 + scale) + shift),      y = conv2(u)
 The embedding, a function of the timestep, stretches some channels of u far beyond others; a factor S[c] moves that into
 the weight, y = (W2 diag(S)) * (u / S), exact for every S without zeros. "QNCD: Quantization Noise Correction for
-Diffusion Models" (Chu et al., arXiv:2403.20137) and its released code.
+Diffusion Models" (Chu et al., arXiv:2403.19140) and its released code.
 """
 
 from __future__ import annotations
@@ -100,18 +101,12 @@ def paper_factors(block: ResBlock, values: Mapping[str, np.ndarray]) -> np.ndarr
     return np.where(np.abs(s) < least, np.copysign(least, s), s).astype(np.float32)
 
 
-def repaired_factors(
-    block: ResBlock, values: Mapping[str, np.ndarray], *, alpha: float, channel_amax: np.ndarray | None = None
-) -> np.ndarray:
-    """S = clamp((range / median(range))**alpha, 1/8, 8): always positive, and 1 for a channel of ordinary range.
+def repaired_factors(block: ResBlock, spread: np.ndarray, *, alpha: float) -> np.ndarray:
+    """S = clamp((spread / median(spread))**alpha, 1/8, 8): always positive, and 1 for a channel of ordinary range.
 
-    The range of each channel is channel_amax, the largest |u| in calibration, where it was observed; else a bound from
-    the embedding rows alone (no pictures needed):
-        scale-shift: max_t(kappa |g| |1 + scale_t| + |b (1 + scale_t) + shift_t|)
-        additive:    max_t max(1, |GN0(emb_t)|) |g| + |b|
-    Returns (C,) float32.
+    spread (C,): the range of each channel: analytic_range, or the largest |u| in calibration. Returns (C,) float32.
     """
-    spread = analytic_range(block, values) if channel_amax is None else np.asarray(channel_amax, np.float64)
+    spread = np.asarray(spread, np.float64)
     assert spread.shape == (block.channels,), block.conv2
     median = np.median(spread)
     if median == 0:
@@ -120,7 +115,11 @@ def repaired_factors(
 
 
 def analytic_range(block: ResBlock, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A range of every channel before SiLU, from the embedding alone: (C,) float64."""
+    """A range of every channel before SiLU, from the embedding alone: (C,) float64.
+
+    scale-shift: max_t(kappa |g| |1 + scale_t| + |b (1 + scale_t) + shift_t|)
+    additive:    max_t max(1, |GN0(emb_t)|) |g| + |b|
+    """
     scale, shift = block.embedding(values)
     gain = np.abs(block.gamma)
     if scale is None:

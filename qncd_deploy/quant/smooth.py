@@ -19,7 +19,7 @@ from qncd_deploy.quant.grid import Grid, fake_quantize
 from qncd_deploy.quant.layer_error import layer_output, relative_error
 from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.policy import Policy
-from qncd_deploy.quant.qncd import ResBlock, paper_factors, repaired_factors
+from qncd_deploy.quant.qncd import ResBlock, analytic_range, paper_factors, repaired_factors
 from qncd_deploy.quant.smoothquant import smoothquant_factors
 
 METHODS = ("qncd", "qncd:paper", "smoothquant")
@@ -54,23 +54,25 @@ def block_candidates(
     reader: Reader,
     *,
     embedding: Mapping[str, np.ndarray],
-    channel_amax: np.ndarray | None,
+    channel_amax: np.ndarray,
     alpha: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """Factors of one residual block by label: one per alpha (of several, or the given one); the published form has none
-    to choose.
+    """Factors of one residual block by label, for one alpha or several. For "qncd" two of each: from the range that
+    calibration saw, and from the one that the embedding bounds, which does not depend on the pictures that were drawn.
+    The published form has nothing to choose.
 
-    reader: the second convolution. embedding: rows of the block's embedding edges. channel_amax (C,): largest |x| per
-    channel of its input in calibration; "qncd" without it bounds the input by the embedding, "smoothquant" needs it.
+    reader: the second convolution. embedding: rows of the block's embedding edges, which "smoothquant" does without.
+    channel_amax (C,): largest |x| per channel of its input in calibration.
     """
     if method == "qncd:paper":
         return {method: paper_factors(block, embedding)}
     if method == "smoothquant":
-        assert channel_amax is not None
         return smoothquant_candidates([reader], channel_amax, alpha=alpha)
     assert method == "qncd", method
+    ranges = {"qncd": channel_amax, "qncd embedding": analytic_range(block, embedding)}
     return {
-        f"qncd alpha {a:g}": repaired_factors(block, embedding, alpha=a, channel_amax=channel_amax)
+        f"{label} alpha {a:g}": repaired_factors(block, spread, alpha=a)
+        for label, spread in ranges.items()
         for a in (QNCD_ALPHAS if alpha is None else (alpha,))
     }
 

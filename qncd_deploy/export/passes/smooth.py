@@ -1,7 +1,7 @@
 """Fold smoothing: op(u) becomes op'(u * (1 / S)) with the weight multiplied by S, equal in float arithmetic.
 
 In a residual block the division cannot go through SiLU into the normalisation (SiLU(a / S) != SiLU(a) / S), so it stays
-in the graph as one pointwise op right behind SiLU, which runtimes fuse with it: "QNCD" (Chu et al., arXiv:2403.20137).
+in the graph as one pointwise op right behind SiLU, which runtimes fuse with it: "QNCD" (Chu et al., arXiv:2403.19140).
 Behind a normalisation it costs nothing, gamma / S and beta / S: SmoothQuant (Xiao et al., arXiv:2211.10438).
 """
 
