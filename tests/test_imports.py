@@ -19,8 +19,8 @@ ORDER = (
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
-    "calibrate", "network", "first_token", "smoothing", "splitting", "draft", "bits", "quantize", "output_error",
-    "free_run", "sensitivity", "export", "dry_run",
+    "calibrate", "network", "first_token", "samples", "smoothing", "splitting", "draft", "bits", "quantize",
+    "output_error", "free_run", "sensitivity", "export", "dry_run",
 ))  # fmt: skip
 """Parts of the pipeline that only `qncd export` runs."""
 

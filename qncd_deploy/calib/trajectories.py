@@ -39,17 +39,26 @@ Model = Callable[[np.ndarray, float, "Conditions | None"], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class CalibSet:
-    """Network inputs to calibrate on: arrays by graph input name, of equal length; key stands for their content."""
+    """Network inputs to calibrate on: arrays by graph input name, of equal length; key stands for their content.
+
+    picture: (rows,) int, which picture's trajectory a row is of; None where every row is of its own.
+    """
 
     arrays: Mapping[str, np.ndarray]
     key: str
+    picture: np.ndarray | None = None
+
+    @property
+    def pictures(self) -> np.ndarray:
+        """(rows,) int: rows of one picture have one number."""
+        return np.arange(len(self)) if self.picture is None else self.picture
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
     def take(self, rows: slice | np.ndarray) -> CalibSet:
         """Some of the rows, under the same key."""
-        return CalibSet({name: array[rows] for name, array in self.arrays.items()}, self.key)
+        return CalibSet({name: array[rows] for name, array in self.arrays.items()}, self.key, self.pictures[rows])
 
     def batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """All rows in order, `size` at a time; the last batch may be shorter."""
@@ -148,7 +157,7 @@ def record(
         shutil.rmtree(partial, ignore_errors=True)
     if target.exists():
         log.info("calibration: %s was recorded before, reused", target.name)
-        return CalibSet(load_npz(target), recipe.key)
+        return _set(load_npz(target), recipe)
     trajectory = _Trajectory.of(model, recipe)
     starts = range(0, recipe.size, recipe.batch_size)
     total = len(starts) * trajectory.n_calls
@@ -170,7 +179,7 @@ def record(
     arrays = _assemble(recipe, trajectory.timesteps, np.concatenate(shards, axis=1))
     save_npz(target, arrays)
     shutil.rmtree(partial, ignore_errors=True)
-    return CalibSet(arrays, recipe.key)
+    return _set(arrays, recipe)
 
 
 def recorded_calls(n_calls: int, wanted: int) -> list[int]:
@@ -238,6 +247,12 @@ def _assemble(recipe: Recipe, timesteps: Sequence[float], states: np.ndarray) ->
         sides = [given] if recipe.null is None else [given, np.broadcast_to(recipe.null[name], given.shape)]
         arrays[name] = np.concatenate(sides * len(timesteps))
     return arrays
+
+
+def _set(arrays: Mapping[str, np.ndarray], recipe: Recipe) -> CalibSet:
+    """The pictures of a call stand in their order, and once more where guidance doubles them."""
+    turns = len(next(iter(arrays.values()))) // recipe.size
+    return CalibSet(arrays, recipe.key, np.tile(np.arange(recipe.size), turns))
 
 
 def load_user_npz(path: Path, specs: Sequence[TensorSpec]) -> CalibSet:

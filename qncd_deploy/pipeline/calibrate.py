@@ -1,10 +1,10 @@
-"""Run the float graph to learn what flows through it: calibration inputs, ranges, samples of single tensors."""
+"""Run the float graph to learn what flows through it: calibration inputs, batches of them, its inner tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from qncd_deploy.engines.base import computing_backend, open_engine, torch_backe
 from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.errors import CalibrationError
-from qncd_deploy.export.graph import row_values
 from qncd_deploy.export.save import on_disk
 from qncd_deploy.files import sha256_file
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
@@ -31,12 +30,6 @@ both."""
 
 PICTURES = 16
 """Pictures sampled together before there is a bundle; fewer as with ROWS."""
-
-
-SAMPLE_ROWS = 128
-SAMPLE_BYTES = 32 << 20
-"""Rows of one layer's input on which a choice for it is judged, fewer where they would not fit in SAMPLE_BYTES: large
-planes say as much in few rows, and running the layer several times is what takes the time."""
 
 
 def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, name: str, tick: Tick) -> CalibSet:
@@ -84,14 +77,22 @@ def digest_of(files: Mapping[str, Path]) -> str:
 
 
 class Probe:
-    """A float graph whose inner tensors can be asked for; see calib.observe.Run. row_bytes: how large they are."""
+    """A float graph whose inner tensors can be asked for, for any number of rows; see calib.observe.Run."""
 
-    def __init__(self, engine: TorchEngine, row_bytes: Mapping[str, int]) -> None:
-        self.row_bytes = row_bytes
+    def __init__(self, engine: TorchEngine) -> None:
         self._engine = engine
 
     def __call__(self, feeds: Mapping[str, np.ndarray], names: Sequence[str], /) -> Iterator[tuple[str, np.ndarray]]:
-        return self._engine.stream(feeds, names)
+        given, fed = len(next(iter(feeds.values()))), as_fed(feeds, self._engine.inputs.values())
+        run = max((len(array) for array in fed.values() if array.ndim), default=1)
+        for name, array in self._engine.stream(fed, names):
+            yield name, array if run == given else _first(array, given, of=run)
+
+
+def _first(array: np.ndarray, rows: int, *, of: int) -> np.ndarray:
+    """What belongs to the first `rows` of a batch; several places of an array may be of one row."""
+    divides = array.ndim > 0 and len(array) % of == 0
+    return array[: len(array) // of * rows] if divides else array
 
 
 @contextmanager
@@ -99,28 +100,53 @@ def probing(model: ir.Model, scratch: Path) -> Iterator[Probe]:
     """Open a graph so that its tensors can be read; its copy in `scratch` goes with the block."""
     with on_disk(model, scratch) as graph, open_engine(torch_backend(), graph) as engine:
         assert isinstance(engine, TorchEngine)
-        tensors = (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))
-        yield Probe(engine, {tensor.name: 4 * row_values(tensor) for tensor in tensors})
+        yield Probe(engine)
 
 
 def in_batches(
     calib: CalibSet, inputs: Sequence[TensorSpec], size: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Calibration rows as the graph takes them, in batches of even length, so that engines compile for few shapes.
+    """Calibration rows in batches of even length, so that engines compile for few shapes; see as_fed.
 
-    A batch size fixed in the graph is filled up by repeating a row. size: the most rows, None for rows_per_run.
+    size: the most rows, None for rows_per_run; what the graph fixes wins. The last batch may be shorter than that.
     """
-    fixed = inputs[0].shape[0]
-    if isinstance(fixed, int):
-        size = fixed
-    else:
-        runs = math.ceil(len(calib) / (size or rows_per_run(inputs[0].shape[1:])))
-        size = math.ceil(len(calib) / max(runs, 1))
-    for batch in calib.batches(size):
-        missing = size - len(next(iter(batch.values())))
-        if missing and isinstance(fixed, int):
-            batch = {name: np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) for name, a in batch.items()}
-        yield batch
+    fixed = fixed_rows(inputs)
+    if fixed is None:
+        (sample,) = (spec for spec in inputs if len(spec.shape) == 4)
+        runs = math.ceil(len(calib) / (size or rows_per_run(sample.shape[1:])))
+        fixed = math.ceil(len(calib) / max(runs, 1))
+    return calib.batches(fixed)
+
+
+def fixed_rows(inputs: Sequence[TensorSpec]) -> int | None:
+    """How many rows a graph takes at a time, None for any number: one where its timestep is a single number for all.
+
+    Raises: CalibrationError if the inputs do not agree.
+    """
+    sizes = {spec.name: spec.shape[0] if spec.shape else 1 for spec in inputs}
+    fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    if len(set(fixed.values())) > 1:
+        (one, few), (other, many) = sorted(fixed.items(), key=lambda item: item[1])[:: len(fixed) - 1]
+        raise CalibrationError(
+            f"calibration: the graph takes {many} rows of {other} and {few} of {one} at a time, expected as many of "
+            "each. Export it with one row of every input, or with a free batch axis."
+        )
+    return next(iter(fixed.values()), None)
+
+
+def as_fed(feeds: Mapping[str, np.ndarray], inputs: Iterable[TensorSpec]) -> dict[str, np.ndarray]:
+    """A batch as the graph takes it: filled up by repeating the last row where it fixes how many there are, and a
+    single number where it takes one.
+    """
+    fed = {}
+    for spec in inputs:
+        rows = feeds[spec.name]
+        if not spec.shape:
+            fed[spec.name] = rows[0]
+            continue
+        missing = spec.shape[0] - len(rows) if isinstance(spec.shape[0], int) else 0
+        fed[spec.name] = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
+    return fed
 
 
 def counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict[str, np.ndarray]]:
@@ -128,39 +154,5 @@ def counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict
     done = 0
     for feeds in in_batches(calib, network.facts.inputs):
         yield feeds
-        done = min(done + len(next(iter(feeds.values()))), len(calib))
+        done += len(next(iter(feeds.values())))
         tick(done, len(calib))
-
-
-def fetch(probe: Probe, network: FloatNetwork, rows: CalibSet, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named tensors for all rows, (rows, ...) each."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for feeds in in_batches(rows, network.facts.inputs):
-        for name, array in probe(feeds, names):
-            found[name].append(array)
-    return {name: np.concatenate(parts)[: len(rows)] for name, parts in found.items()}
-
-
-def edge_samples(
-    probe: Probe, network: FloatNetwork, calib: CalibSet, edges: Sequence[str]
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(edge, samples to fit on, as many held out), float32 (N, ...), once for every edge, not in order.
-
-    Up to SAMPLE_ROWS rows in all, evenly spread, at least two a half; the two halves share no picture. One run of the
-    network serves all edges that take as many rows.
-    """
-    groups: dict[int, list[str]] = {}
-    for edge in dict.fromkeys(edges):
-        count = max(4, min(SAMPLE_ROWS, len(calib), SAMPLE_BYTES // max(1, probe.row_bytes[edge])))
-        groups.setdefault(count, []).append(edge)
-    for count, group in groups.items():
-        samples = fetch(probe, network, _pairs(calib, count), group)
-        for edge in group:
-            x = samples.pop(edge)
-            yield edge, x[::2], x[1::2]
-
-
-def _pairs(calib: CalibSet, count: int) -> CalibSet:
-    """Some rows, evenly spread; the calibration set alternates pictures, so even and odd ones share none."""
-    rows = np.linspace(0, len(calib) - 1, count // 2).astype(int) // 2 * 2
-    return calib.take(np.minimum(np.stack([rows, rows + 1], axis=1).ravel(), len(calib) - 1))

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from qncd_deploy.calib.parts import spread
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import BaseEngine, computing_backend, find_backend, open_engine
 from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.save import on_disk
-from qncd_deploy.pipeline.calibrate import in_batches
+from qncd_deploy.pipeline.calibrate import as_fed, in_batches
 from qncd_deploy.quant.plan import QuantPlan
 from qncd_deploy.specs import TensorSpec
 
@@ -52,8 +53,8 @@ def output_errors(
     outputs = []
     for graph, plan in chain([(model, None)], quantized):
         with running(graph, plan, scratch) as engine:
-            parts = [next(iter(engine(feeds).values())) for feeds in in_batches(rows, inputs)]
-        outputs.append(np.concatenate(parts)[: len(rows)])
+            parts = [next(iter(engine(as_fed(feeds, inputs)).values())) for feeds in in_batches(rows, inputs)]
+        outputs.append(np.concatenate(parts)[: len(rows)])  # the last batch may be filled up
     exact, *others = outputs
     return [OutputError(row_power(exact), row_power(found - exact)) for found in others]
 
@@ -71,7 +72,6 @@ def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[
         yield engine
 
 
-def spread_rows(calib: CalibSet, count: int, *, odd: bool = False) -> CalibSet:
-    """Up to `count` rows, evenly over the set; odd: of every second row, which smoothing was not fitted on."""
-    rows = np.unique(np.linspace(0, len(calib) - 1, min(count, len(calib))).astype(int))
-    return calib.take(np.unique(np.minimum(rows | 1, len(calib) - 1)) if odd else rows)
+def spread_rows(calib: CalibSet, count: int) -> CalibSet:
+    """Up to `count` rows, evenly over the set."""
+    return calib.take(spread(np.arange(len(calib)), count))

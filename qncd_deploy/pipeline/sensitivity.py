@@ -17,7 +17,7 @@ from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.export.graph import backward_bytes, row_macs
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.save import on_disk
-from qncd_deploy.pipeline.calibrate import in_batches
+from qncd_deploy.pipeline.calibrate import as_fed, fixed_rows, in_batches
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.quant.budget import EdgeCost, output_noise
 from qncd_deploy.quant.grid import Grid, fake_quantize
@@ -113,7 +113,9 @@ def unmeasured(
 
 
 class _Batch(NamedTuple):
-    """probe: random, of the output's shape; signal (N,): the output's power; share: the batch's part of all rows."""
+    """probe: random, of the output's shape, zero in rows that do not count; signal (N,): the output's power; share:
+    what a mean over N counts in one over all rows that do.
+    """
 
     engine: TorchEngine
     feeds: Mapping[str, np.ndarray]
@@ -129,17 +131,19 @@ def _probed(model: ir.Model, network: FloatNetwork, calib: CalibSet, scratch: Pa
     with on_disk(model, scratch) as graph, open_engine(torch_backend(), graph) as engine:
         assert isinstance(engine, TorchEngine)
         for feeds in in_batches(calib.take(rows), network.facts.inputs, _batch_size(model, network)):
-            (out,) = engine(feeds).values()
+            fed = as_fed(feeds, network.facts.inputs)
+            (out,) = engine(fed).values()
             probe = rng.standard_normal(out.shape).astype(np.float32)
+            probe[len(next(iter(feeds.values()))) :] = 0  # rows that only fill a fixed batch up
             signal = np.square(out, dtype=np.float64).reshape(len(out), -1).sum(axis=1)
-            yield _Batch(engine, feeds, probe, signal, len(out) / len(rows))
+            yield _Batch(engine, fed, probe, signal, len(out) / len(rows))
 
 
 def _batch_size(model: ir.Model, network: FloatNetwork) -> int:
     """Rows that a backward pass can take; 0 where a single one needs too much memory."""
     row_bytes = backward_bytes(model.graph)
-    fixed = network.facts.inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else min(BATCH, MEMORY_BYTES // max(row_bytes, 1))
+    fixed = fixed_rows(network.facts.inputs)
+    size = fixed if fixed is not None else min(BATCH, MEMORY_BYTES // max(row_bytes, 1))
     return 0 if size * row_bytes > 2 * MEMORY_BYTES else size
 
 

@@ -10,18 +10,19 @@ from statistics import NormalDist
 import numpy as np
 import onnx_ir as ir
 
-from qncd_deploy.calib.observe import observe
+from qncd_deploy.calib.parts import Parts, spread
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.export.linears import LinearEdge, find_linear_edges
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.smooth import AbsorbSmoothing, FoldSmoothing
-from qncd_deploy.pipeline.calibrate import counted, edge_samples, fetch, probing
+from qncd_deploy.pipeline.calibrate import probing
 from qncd_deploy.pipeline.draft import Draft
 from qncd_deploy.pipeline.free_run import latent_snr_db
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
-from qncd_deploy.pipeline.output_error import output_errors, spread_rows
+from qncd_deploy.pipeline.output_error import output_errors
 from qncd_deploy.pipeline.progress import Tick
+from qncd_deploy.pipeline.samples import Sample, edge_samples
 from qncd_deploy.quant.decide import decide
 from qncd_deploy.quant.plan import LayerSite, QuantPlan
 from qncd_deploy.quant.policy import Policy
@@ -35,11 +36,8 @@ from qncd_deploy.quant.smooth import (
     smoothquant_candidates,
 )
 
-RANGE_ROWS = 256
-"""Rows from which smoothing of residual blocks learns the range of each channel."""
-
 JUDGED_ROWS = 256
-"""Rows on which the network's output error decides which smoothing stays."""
+"""Rows, of pictures that no factor was fitted on, on which the network's output error decides which smoothing stays."""
 
 OP_GAIN = 0.1
 """The least relative fall of a Linear's error that is worth an operation of its own, which no SiLU is there to fuse
@@ -100,8 +98,26 @@ def find_smoothing(
     edges: Sequence[LinearEdge] = ()
     if options.smooth != "qncd:paper":
         edges = find_linear_edges(network.model, others, sample=network.inputs.sample)
-    of_blocks = _blocks(network, blocks, sites, calib, options, policy, scratch, tick) if blocks else {}
-    of_linears = _linears(network, edges, calib, options, policy, scratch, tick) if edges else {}
+    embeddings = [edge for block in blocks for edge in block.emb] if options.smooth.startswith("qncd") else []
+    axes = dict.fromkeys([*embeddings, *(block.edge for block in blocks)], 1)
+    axes |= {edge.name: edge.layers[0].channel_axis for edge in edges}
+    if not axes:
+        return Smoothing.none()
+    spoken: dict[str, np.ndarray] = {}
+    of_blocks: dict[str, Decision] = {}
+    of_linears: dict[str, Decision] = {}
+    with probing(network.model, scratch) as probe:
+        for name, sample in edge_samples(probe, network, calib, axes, tick):
+            if name in embeddings:  # these come first
+                spoken[name] = sample.fit
+            for block in (block for block in blocks if block.edge == name):
+                reader = _reader(network, sites[block.conv2])
+                of_blocks[block.conv2] = _of_block(block, reader, sample, spoken, options, policy)
+            for edge in (edge for edge in edges if edge.name == name):
+                readers = [_reader(network, site) for site in edge.layers]
+                of_linears[readers[0].site.name] = _of_linears(edge, readers, sample, options, policy)
+    of_blocks = {block.conv2: of_blocks[block.conv2] for block in blocks}
+    of_linears = {edge.layers[0].name: of_linears[edge.layers[0].name] for edge in edges}
     found = {**of_blocks, **of_linears}
     folded = tuple(name for name, each in found.items() if each.kept or not options.gate)
     return Smoothing(of_blocks, of_linears, folded)
@@ -128,7 +144,7 @@ def judge(
         return ((drafts[i].master(), drafts[i].plan) for i in some)
 
     others = range(1, len(drafts))
-    rows = spread_rows(calib, JUDGED_ROWS, odd=True)
+    rows = calib.take(spread(Parts.of(calib).unseen, JUDGED_ROWS))
     found = output_errors(network.model, masters((0, *others)), network.facts.inputs, rows, scratch)
     errors = [each.relative for each in found]
     best = min(others, key=errors.__getitem__)
@@ -158,78 +174,38 @@ def _beyond_chance(gain: np.ndarray, *, tried: int) -> bool:
     return bool(gain.mean() > chance)
 
 
-def _blocks(
-    network: FloatNetwork,
-    blocks: Sequence[ResBlock],
-    sites: Mapping[str, LayerSite],
-    calib: CalibSet,
+def _of_block(
+    block: ResBlock,
+    reader: Reader,
+    sample: Sample,
+    embedding: Mapping[str, np.ndarray],
     options: ExportOptions,
-    policy: Policy,
-    scratch: Path,
-    tick: Tick,
-) -> dict[str, Decision]:
-    """What smoothing does in every block to the convolution's quantized output."""
-    edges = [block.edge for block in blocks]
-    embeddings = [edge for block in blocks for edge in block.emb]
-    decisions = {}
-    with probing(network.model, scratch) as probe:
-        some = spread_rows(calib, RANGE_ROWS)
-        seen = observe(probe, counted(network, some, tick), edges)
-        spoken = fetch(probe, network, _one_row_per_timestep(network, calib), embeddings)
-        for edge, fit, held_out in edge_samples(probe, network, calib, edges):
-            for block in (block for block in blocks if block.edge == edge):
-                reader = _reader(network, sites[block.conv2])
-                found = block_candidates(
-                    options.smooth,
-                    block,
-                    reader,
-                    embedding=spoken,
-                    channel_amax=seen[edge].channel_amax,
-                    alpha=options.alpha,
-                )
-                decisions[block.conv2] = _choose(found, [reader], fit, held_out, policy)
-    return {block.conv2: decisions[block.conv2] for block in blocks}
-
-
-def _linears(
-    network: FloatNetwork,
-    edges: Sequence[LinearEdge],
-    calib: CalibSet,
-    options: ExportOptions,
-    policy: Policy,
-    scratch: Path,
-    tick: Tick,
-) -> dict[str, Decision]:
-    """What SmoothQuant does to the quantized outputs of all Linears that read an edge, by the name of the first."""
-    by_name = {edge.name: edge for edge in edges}
-    decisions: dict[str, Decision] = {}
-    with probing(network.model, scratch) as probe:
-        for name, fit, held_out in edge_samples(probe, network, calib, list(by_name)):
-            edge = by_name[name]
-            readers = [_reader(network, site) for site in edge.layers]
-            axis = edge.layers[0].channel_axis % fit.ndim
-            channel_amax = np.abs(fit).max(axis=tuple(i for i in range(fit.ndim) if i != axis))
-            found = smoothquant_candidates(readers, channel_amax, alpha=options.alpha)
-            decision = _choose(found, readers, fit, held_out, policy)
-            decisions[name] = decision if edge.free else replace(decision, min_gain=OP_GAIN)
-            tick(len(decisions), len(edges))
-    return {edge.layers[0].name: decisions[edge.name] for edge in edges}
-
-
-def _choose(
-    factors: Mapping[str, np.ndarray],
-    readers: Sequence[Reader],
-    fit: np.ndarray,
-    others: np.ndarray,
     policy: Policy,
 ) -> Decision:
-    return choose(factors, readers, fit=fit, tune=others[::2], held_out=others[1::2], policy=policy)
+    """What smoothing does in a block to the second convolution's quantized output."""
+    found = block_candidates(
+        options.smooth,
+        block,
+        reader,
+        embedding=embedding,
+        channel_amax=sample.channel_amax,
+        alpha=options.alpha,
+    )
+    return _choose(found, [reader], sample, policy)
+
+
+def _of_linears(
+    edge: LinearEdge, readers: Sequence[Reader], sample: Sample, options: ExportOptions, policy: Policy
+) -> Decision:
+    """What SmoothQuant does to the quantized outputs of all Linears that read an edge."""
+    found = smoothquant_candidates(readers, sample.channel_amax, alpha=options.alpha)
+    decision = _choose(found, readers, sample, policy)
+    return decision if edge.free else replace(decision, min_gain=OP_GAIN)
+
+
+def _choose(factors: Mapping[str, np.ndarray], readers: Sequence[Reader], sample: Sample, policy: Policy) -> Decision:
+    return choose(factors, readers, fit=sample.fit, tune=sample.tune, held_out=sample.held_out, policy=policy)
 
 
 def _reader(network: FloatNetwork, site: LayerSite) -> Reader:
     return Reader(site, constant(network.model.graph.initializers[site.name]))
-
-
-def _one_row_per_timestep(network: FloatNetwork, calib: CalibSet) -> CalibSet:
-    times = calib.arrays[network.inputs.timestep]
-    return calib.take(np.unique(times, return_index=True)[1])

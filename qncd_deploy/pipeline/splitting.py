@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.split import SplitShortcuts
 from qncd_deploy.export.skips import SkipConv, find_skip_convs
-from qncd_deploy.pipeline.calibrate import edge_samples, probing
+from qncd_deploy.pipeline.calibrate import probing
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Tick
+from qncd_deploy.pipeline.samples import edge_samples
 from qncd_deploy.quant.decide import decide
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.split import SplitError, split_error
@@ -66,10 +68,10 @@ def find_splitting(
     errors = {}
     edges = [skip.input for skip in skips]
     with probing(network.model, scratch) as probe:
-        for edge, fit, held_out in edge_samples(probe, network, calib, edges):
+        for edge, sample in edge_samples(probe, network, calib, dict.fromkeys(edges, 1), tick):
+            held_out = np.concatenate([sample.tune, sample.held_out])  # nothing is to be chosen
             for skip in (skip for skip in skips if skip.input == edge):
                 weight = constant(network.model.graph.initializers[skip.name])
-                errors[skip.name] = split_error(weight, skip.channels, fit=fit, held_out=held_out, policy=policy)
-                tick(len(errors), len(skips))
+                errors[skip.name] = split_error(weight, skip.channels, fit=sample.fit, held_out=held_out, policy=policy)
     errors = {skip.name: errors[skip.name] for skip in skips}
     return Splitting(errors, tuple(name for name, error in errors.items() if error.pays or options.split != "auto"))
