@@ -196,6 +196,21 @@ def test_on_a_gpu_with_the_engines_that_are_stored(
     assert found[names[2]]["figures"]["psnr"]["value"] < 60
 
 
+def test_what_is_built_for_the_run_takes_no_more_than_it_may(
+    quantized: Path, fp16: Path, tmp_path: Path, machine: Machine
+) -> None:
+    args = ("--baseline", fp16, "--remainder", "f16", "--engine-dir", tmp_path, *QUICK, "--level", 1)
+    done = qncd("bench", quantized, "--backend", "tensorrt", "--workspace", 64, *args)
+    assert done.code == 0, done.err
+    asked = {(options.level, options.workspace, options.timing_cache) for _, options, _ in machine.asked}
+    assert asked == {(1, 64 << 20, tmp_path / "timing-tensorrt-10.13.2-sm86.cache")}
+    done = qncd("bench", quantized, "--backend", "onnxruntime", "--level", 1)
+    assert (done.code, done.line) == (
+        2,
+        "qncd: --level: it is tensorrt and tensorrt-rtx that have it, not onnxruntime. Leave it out.",
+    )
+
+
 def test_an_engine_for_other_rows_is_not_timed(quantized: Path, tmp_path: Path, machine: Machine) -> None:
     """Built for a bundle of the same network that samples without guidance: half the rows."""
     plain = write_fp16(tmp_path / "plain", model=replace(read_manifest(quantized).model, guidance_scale=1.0))

@@ -13,12 +13,14 @@ from qncd_deploy.cli.options import (
     PATH,
     bundle_argument,
     compiled_blobs,
+    effort_options,
     engine_dir_option,
     json_option,
     print_json,
     results_option,
     threads_option,
     typed_command,
+    with_effort,
 )
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, make_engine_id, usable_remainders
@@ -64,6 +66,7 @@ JSON = "bench.json"
 @click.option("--require-psnr", type=float, metavar="DB", help="Exit code 3 if the pictures are less faithful.")
 @click.option("--require-speedup", type=float, metavar="X", help="Exit code 3 if the speedup is less.")
 @threads_option
+@effort_options
 @engine_dir_option
 @results_option(JSON)
 @json_option
@@ -79,6 +82,8 @@ def bench_command(
     require_psnr: float | None,
     require_speedup: float | None,
     threads: int | None,
+    level: int | None,
+    workspace_mib: int | None,
     engine_dir: Path,
     out: Path | None,
     as_json: bool,
@@ -91,13 +96,17 @@ def bench_command(
     """
     if out is not None:
         check_output(out)
-    opened = Bundle.open(bundle)
-    other = None if baseline is None else Bundle.open(baseline)
+    engines = _engines(backends, remainders)
+    opened, other = (
+        None if path is None else with_effort(Bundle.open(path), engines, level, workspace_mib, engine_dir)
+        for path in (bundle, baseline)
+    )
+    assert opened is not None
 
     def stored(of: Bundle, engine_id: str) -> tuple[Path, ...]:
         return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
 
-    variants = _variants(opened, other, _engines(backends, remainders), stored)
+    variants = _variants(opened, other, engines, stored)
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
     with Bars().stage("bench") as tick:
         result = bench(

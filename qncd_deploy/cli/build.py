@@ -11,6 +11,7 @@ from qncd_deploy.cli.options import (
     Numbers,
     backend_option,
     bundle_argument,
+    effort_options,
     engine_dir_option,
     json_option,
     print_json,
@@ -38,6 +39,7 @@ class _Targets(click.ParamType):
 
 
 _tensorrt_options = together(
+    effort_options,
     click.option(
         "--target",
         "targets",
@@ -45,18 +47,6 @@ _tensorrt_options = together(
         default=(),
         show_default=False,
         help=f"tensorrt-rtx: GPUs to build for, of {', '.join(TARGETS)}; none needs to be here.  [default: this GPU's]",
-    ),
-    click.option(
-        "--level",
-        type=click.IntRange(0, 5),
-        help="TensorRT: how long to search for fast kernels.  [default: the library's, 3]",
-    ),
-    click.option(
-        "--workspace",
-        "workspace_mib",
-        type=click.IntRange(1),
-        metavar="MIB",
-        help="TensorRT: MiB that a kernel may use for scratch.  [default: all there is]",
     ),
     click.option(
         "--hardware-compatibility",

@@ -7,16 +7,18 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from qncd_deploy.engines.base import BACKENDS
+from qncd_deploy.engines.base import BACKENDS, Effort
+from qncd_deploy.engines.trt.library import Flavour
+from qncd_deploy.errors import UsageError
 from qncd_deploy.prompts import read_prompts
-from qncd_deploy.runtime import Sampling
+from qncd_deploy.runtime import Bundle, Sampling
 from qncd_deploy.schedule import SCHEDULERS
 
 PATH = click.Path(path_type=Path)  # type: ignore[type-var]
@@ -96,6 +98,37 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, sampling=Sampling(**{name: flags.pop(name) for name in names}), **flags)
 
     return _sampling_options(gathered)
+
+
+effort_options = together(
+    click.option(
+        "--level",
+        type=click.IntRange(0, 5),
+        help="TensorRT: how long to search for fast kernels.  [default: the library's, 3]",
+    ),
+    click.option(
+        "--workspace",
+        "workspace_mib",
+        type=click.IntRange(1),
+        metavar="MIB",
+        help="TensorRT: MiB that a kernel may use for scratch.  [default: all there is]",
+    ),
+)
+"""What TensorRT may take to build what is not stored."""
+
+
+def with_effort(bundle: Bundle, backends: Iterable[str], level: int | None, mib: int | None, shelf: Path) -> Bundle:
+    """The bundle, whose engines are compiled for a run no dearer than effort_options allow.
+
+    backends: that will run it;  shelf: of engines, with what was measured of kernels. Raises UsageError for options
+    that none of the backends has.
+    """
+    names = tuple(backends)
+    for flag, value in (("--level", level), ("--workspace", mib)):
+        if value is not None and not set(names) & set(get_args(Flavour)):
+            held = " and ".join(get_args(Flavour))
+            raise UsageError(f"{flag}: it is {held} that have it, not {', '.join(names)}. Leave it out.")
+    return replace(bundle, effort=Effort(level, None if mib is None else mib << 20, shelf if shelf.is_dir() else None))
 
 
 def results_option(name: str) -> Decorator:

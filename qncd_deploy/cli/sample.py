@@ -14,6 +14,7 @@ from qncd_deploy.cli.options import (
     bundle_argument,
     class_label_option,
     compiled_blobs,
+    effort_options,
     engine_dir_option,
     fitted_tables,
     json_option,
@@ -22,6 +23,7 @@ from qncd_deploy.cli.options import (
     remainder_option,
     sampling_options,
     threads_option,
+    with_effort,
 )
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.correct.fitting import State
@@ -182,6 +184,7 @@ def sample_command(
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures to fit and to choose on.")
 @threads_option
+@effort_options
 @engine_dir_option
 @json_option
 def fit_command(
@@ -193,6 +196,8 @@ def fit_command(
     fit_size: int,
     seed: int,
     threads: int | None,
+    level: int | None,
+    workspace_mib: int | None,
     engine_dir: Path,
     as_json: bool,
 ) -> None:
@@ -201,8 +206,8 @@ def fit_command(
     The tables go to ENGINE_DIR/NAME-FORMAT/, where `qncd sample` looks before the bundle's own; how they were chosen
     is kept with them, for `qncd inspect` and the page of `qncd eval -o FOLDER`.
     """
-    opened = Bundle.open(bundle)
     backend = backend or default_backend()
+    opened = with_effort(Bundle.open(bundle), [backend], level, workspace_mib, engine_dir)
     options = FitOptions(
         backend,
         remainder=remainder,
