@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image
 
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.files import atomic_file, require_writable, save_npz
+
+log = logging.getLogger(__name__)
 
 _GAP = 2  # pixels between the pictures of a grid
 
@@ -59,9 +62,15 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(np.floor((images + 1) * 127.5 + 0.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def check_output(out: Path) -> None:
-    """Refuse an output that save_pictures could not write, before anything is sampled. Raises as that does."""
-    if out.is_dir():
+def check_output(out: Path, *, images: bool = True) -> None:
+    """Refuse an output that save_pictures could not write, before anything is sampled. Raises as that does.
+
+    images: whether there will be any, or latents alone.
+    """
+    folder = out.is_dir()
+    if not images and (folder or out.suffix.lower() == ".png"):
+        raise UsageError(f"{out}: the bundle has no decoder, its latents are not pictures. Write them to an .npz.")
+    if folder:
         require_writable(out)
         return
     if out.suffix.lower() not in (".png", ".npz"):
@@ -81,18 +90,36 @@ def save_pictures(out: Path, pictures: Pictures) -> None:
     Raises: UsageError for another suffix, or pictures without images where only images can be written; BundleError if
     the parent is missing, the disk is full or may not be written.
     """
-    check_output(out)
+    check_output(out, images=pictures.images is not None)
     if out.suffix.lower() == ".npz" and not out.is_dir():
         arrays = {name: getattr(pictures, name) for name in ("images", "latents", "labels", "prompts")}
         save_npz(out, {name: array for name, array in arrays.items() if array is not None})
         return
-    if pictures.images is None:
-        raise UsageError(f"{out}: the bundle has no decoder, its latents are not pictures. Write them to an .npz.")
+    assert pictures.images is not None, "checked above"
     if not out.is_dir():
         _save_png(out, grid(pictures.images))
         return
     for index, image in zip(pictures.indices, pictures.images, strict=True):
         _save_png(out / f"{index:06d}.png", image)
+
+
+def save_batches(out: Path, batches: Iterable[Pictures]) -> int:
+    """Write all of them as save_pictures does, and say how many they were. Into a folder go those of each batch as soon
+    as they are there: memory holds one batch, and what was drawn stays if the next one fails or is interrupted.
+    """
+    if not out.is_dir():
+        pictures = Pictures.join(list(batches))
+        save_pictures(out, pictures)
+        return len(pictures)
+    count = 0
+    try:
+        for batch in batches:
+            save_pictures(out, batch)
+            count += len(batch)
+    except BaseException:
+        log.info("%s: holds the %d pictures that were drawn before", out, count)
+        raise
+    return count
 
 
 def grid(images: np.ndarray, *, columns: int | None = None) -> np.ndarray:

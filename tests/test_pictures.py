@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.files import sha256_file
-from qncd_deploy.pictures import Pictures, check_output, grid, save_pictures, to_uint8
+from qncd_deploy.pictures import Pictures, check_output, grid, save_batches, save_pictures, to_uint8
 
 
 def pictures(n: int = 3, *, channels: int = 3, images: bool = True) -> Pictures:
@@ -75,6 +77,29 @@ def test_a_folder_gets_one_file_for_each_picture_named_by_index(tmp_path: Path) 
     assert drawn.images is not None
     with Image.open(tmp_path / "000006.png") as image:
         np.testing.assert_array_equal(np.asarray(image), drawn.images[1])
+
+
+def test_into_a_folder_batches_go_one_by_one_and_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def drawn() -> Iterator[Pictures]:
+        yield pictures()
+        assert len(list(tmp_path.iterdir())) == 3  # those of before are written before more are drawn
+        raise KeyboardInterrupt
+
+    caplog.set_level("INFO")
+    with pytest.raises(KeyboardInterrupt):
+        save_batches(tmp_path, drawn())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000005.png", "000006.png", "000007.png"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: holds the 3 pictures that were drawn before"
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        save_batches(tmp_path / "grid.png", drawn())
+    assert not (tmp_path / "grid.png").exists()
+    both = [replace(pictures(), indices=np.arange(start, start + 3)) for start in (0, 3)]
+    assert save_batches(tmp_path, both) == 6 and (tmp_path / "000003.png").exists()
+    assert save_batches(tmp_path / "all.npz", both) == 6
+    with np.load(tmp_path / "all.npz") as found:
+        assert len(found["images"]) == 6
 
 
 def test_latents_without_a_decoder_go_into_an_npz_only(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from qncd_deploy.engines.base import Remainder, default_backend, make_engine_id
 from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.evaluate.variants import Variant
-from qncd_deploy.pictures import check_output, save_pictures
+from qncd_deploy.pictures import check_output, save_batches
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle, Sampling
 from qncd_deploy.subjects import check_prompts, check_size, parse_labels
@@ -78,7 +78,8 @@ from qncd_deploy.subjects import check_prompts, check_size, parse_labels
     "out",
     type=PATH,
     default=Path("grid.png"),
-    help="A .png (one grid), a .npz (images, latents, labels, prompts) or an existing folder (one PNG each).",
+    help="A .png (one grid), a .npz (images, latents, labels, prompts) or an existing folder (one PNG each, written "
+    "batch by batch).",
 )
 @json_option
 def sample_command(
@@ -107,9 +108,9 @@ def sample_command(
 
     Without --prompt, the bundle's own prompts take turns, if it is one of text; without --class-label, classes do.
     """
-    check_output(out)
     opened = Bundle.open(bundle)
     model = opened.manifest.model
+    check_output(out, images=model.picture_shape is not None)
     check_size(model, height=height, width=width)
     labels = None if class_label is None else parse_labels(class_label, model.condition)
     asked = prompts is not None or negative_prompt is not None
@@ -146,11 +147,10 @@ def sample_command(
             extra_calls = max(extra_calls, state.extra_calls)
             tick(done, count * steps)
 
-        pictures = sampler.sample(count, labels=labels, seed=seed, on_state=count_call)
-        save_pictures(out, pictures)
+        pictures = save_batches(out, sampler.batches(count, labels=labels, seed=seed, on_state=count_call))
         facts = {
             "output": str(out),
-            "pictures": len(pictures),
+            "pictures": pictures,
             "seed": seed,
             "engine": engine_id,
             "network": network,
@@ -159,13 +159,13 @@ def sample_command(
             "extra_calls": extra_calls,
         }
         if sampler.network.text is not None:
-            facts["prompts"] = list(sampler.network.text.prompts[: len(pictures)])
+            facts["prompts"] = list(sampler.network.text.prompts[:pictures])
     if as_json:
         print_json(facts)
     else:
         more = f" (+{extra_calls} for {facts['correction']})" if extra_calls else ""
         click.echo(
-            f"{out}  {len(pictures)} pictures, {facts['network']} on {engine_id}, correction {facts['correction']}, "
+            f"{out}  {pictures} pictures, {facts['network']} on {engine_id}, correction {facts['correction']}, "
             f"{steps} network calls{more}"
         )
 
