@@ -28,6 +28,7 @@ from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
 from qncd_deploy.pipeline.progress import Silent  # noqa: E402
 from qncd_deploy.pipeline.quantize import policy_of, quantize  # noqa: E402
 from qncd_deploy.pipeline.smoothing import OP_GAIN, Smoothing, find_smoothing, judge  # noqa: E402
+from qncd_deploy.quant.plan import Choice  # noqa: E402
 from qncd_deploy.quant.smooth import MIN_GAIN, Decision  # noqa: E402
 
 C = 16
@@ -167,14 +168,18 @@ def test_layers_that_forms_have_in_common_are_planned_once(network, tmp_path: Pa
     forms = [net.model, smoothed.fold(net.model)]
     seen = quantizing._ranges(net, (net.model, smoothed.divide(net.model)), calib, policy, tmp_path, tick)
     planned.clear()
-    apart = [quantizing._drafts(net, [form], seen, policy, {})[0].plan for form in forms]
+    apart = [quantizing._drafts(net, [(form, {})], seen, policy)[0].plan for form in forms]
     alone = len(planned)
     planned.clear()
-    together = [draft.plan for draft in quantizing._drafts(net, forms, seen, policy, {})]
+    together = [draft.plan for draft in quantizing._drafts(net, [(form, {}) for form in forms], seen, policy)]
     assert [plan.dumps() for plan in together] == [plan.dumps() for plan in apart]
     assert together[0].dumps() != together[1].dumps()  # smoothing did change some
     changed = sum(len(smoothed.linears[name].layers) for name in smoothed.folded)
     assert alone - len(planned) == len(apart[0].quantized) - changed > 0
+    common = apart[0].quantized[0].name
+    kept = {common: Choice(None, "rounding it hurts most")}
+    plans = [draft.plan for draft in quantizing._drafts(net, [(forms[0], {}), (forms[0], kept)], seen, policy)]
+    assert [plan[common].weight_bits for plan in plans] == [8, None]
 
 
 def test_blocks_and_linears_are_alternatives() -> None:

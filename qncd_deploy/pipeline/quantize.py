@@ -71,7 +71,7 @@ def quantize_weights(network: FloatNetwork, options: ExportOptions, progress: Pr
     weights, or nothing quantized at all, the baseline of the other formats. Raises: PlanError or ExportError.
     """
     with progress.stage("graphs"):
-        (draft,) = _drafts(network, [network.model], {}, policy_of(options), {})
+        (draft,) = _drafts(network, [(network.model, {})], {}, policy_of(options))
         graphs = _graphs(network.model, draft.master(), draft.plan)
         return Quantized(draft.plan, Smoothing.none(), Splitting({}, ()), Bits(), graphs)
 
@@ -100,15 +100,20 @@ def quantize(
     with progress.stage("ranges") as tick:
         seen = _ranges(network, (plain, smoothed), calib, policy, scratch, tick)
     with progress.stage("sensitivity"):
-        bits = choose_bits(smoothed, network, calib, seen, options, policy, scratch, kept=tokens.exceptions)
-    forms = (splitting.apply(each.fold(network.model)) for each in alternatives)
-    models = [_on_file(form, scratch / f"form-{number}.data") for number, form in enumerate(forms)]
-    drafts = _drafts(network, models, seen, policy, {**tokens.exceptions, **bits.exceptions})
+        measured = [  # smoothing moves what rounding hurts most, so that the form without it is measured by itself
+            choose_bits(form, network, calib, seen, options, policy, scratch, kept=tokens.exceptions)
+            for form in ((plain, smoothed) if len(alternatives) > 1 else (smoothed,))
+        ]
+    forms = []
+    for number, each in enumerate(alternatives):
+        form = _on_file(splitting.apply(each.fold(network.model)), scratch / f"form-{number}.data")
+        forms.append((form, {**tokens.exceptions, **measured[min(number, 1)].exceptions}))
+    drafts = _drafts(network, forms, seen, policy)
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):
             chosen, smoothing = judge(network, alternatives, drafts, calib, options, scratch)
-    draft = drafts[chosen]
+    draft, bits = drafts[chosen], measured[min(chosen, 1)]
     found = None
     if (preset := options.preset) is not None:
         with progress.stage("rounding") as tick:
@@ -144,20 +149,20 @@ def _on_file(model: ir.Model, data: Path) -> ir.Model:
 
 def _drafts(
     network: FloatNetwork,
-    models: Sequence[ir.Model],
+    forms: Sequence[tuple[ir.Model, Mapping[str, Choice]]],
     seen: Mapping[str, TensorStats],
     policy: Policy,
-    exceptions: Mapping[str, Choice],
 ) -> list[Draft]:
-    """A plan for every form of the network; layers that several have in common are planned once."""
+    """A plan for every form of the network with its exceptions; layers that several have in common are planned once."""
     drafts: list[Draft] = []
-    for model in models:
+    for model, exceptions in forms:
         sites = find_sites(model, network.inputs)
         weights = {site.name: constant(model.graph.initializers[site.name]) for site in sites}
         planned = {}
         for site in sites:
-            for draft in drafts:
-                if (layer := draft.same_layer(site, weights[site.name])) is not None:
+            for draft, (_, others) in zip(drafts, forms, strict=False):  # of those before this one
+                layer = draft.same_layer(site, weights[site.name])
+                if layer is not None and others.get(site.name) == exceptions.get(site.name):
                     planned[site.name] = layer
         drafts.append(Draft(model, make_plan(sites, weights, seen, policy, exceptions=exceptions, planned=planned)))
     return drafts
