@@ -23,7 +23,7 @@ from qncd_deploy.evaluate.batches import Batch, Draw, Job, plan_jobs
 from qncd_deploy.evaluate.compare import compare
 from qncd_deploy.evaluate.crew import Task
 from qncd_deploy.evaluate.features import Lens
-from qncd_deploy.evaluate.ray_crew import RayCrew
+from qncd_deploy.evaluate.ray_crew import RayCrew, _crew_size
 from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.runtime import Bundle
 
@@ -64,6 +64,36 @@ def test_every_batch_is_drawn_once(crew: RayCrew, bundle: Bundle) -> None:
     found = drawn(crew, bundle, VARIANTS[0])
     assert sorted(job.indices[0] for job, _ in found) == [0, 2, 4, 6, 8]
     assert all(batch.pictures.indices.tolist() == list(job.indices) for job, batch in found)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "expected"),
+    [
+        ((3, 3), 2, (2, 2)),  # not three: no machine has room for half of one
+        ((2, 8), 4, (4, 2)),
+        ((3, 2), 4, (3, 1)),
+        ((0, 5), 1, (1, 5)),
+        ((), 2, (1, 1)),
+    ],
+)
+def test_a_worker_is_on_one_machine(cpus: tuple[int, ...], threads: int, expected: tuple[int, int]) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": float(each)} if each else {}} for each in cpus]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}}
+    assert _crew_size([gone, *nodes], threads) == expected
+
+
+def test_workers_that_never_start_get_nothing_to_do(
+    crew: RayCrew, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as larger:
+        larger.setattr(crew, "_size", crew._size + 2)
+        assert len(drawn(crew, bundle, VARIANTS[0])) == 5
+    monkeypatch.setattr(crew, "_threads", 1 << 10)
+    monkeypatch.setattr("qncd_deploy.evaluate.ray_crew._START_S", 0.5)
+    with pytest.raises(
+        EngineError, match=r"ray: no worker started within 0\.5 s\. Are all CPUs of the cluster taken\?"
+    ):
+        drawn(crew, bundle, VARIANTS[0])
 
 
 def test_an_error_of_a_worker_is_the_error_itself(crew: RayCrew, bundle: Bundle, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,14 @@ if TYPE_CHECKING:
 
 
 _ANSWER_S = 10.0
+_START_S = 300.0
+"""How long the first worker may take to start: a process and its imports on a slow machine, not on one that is full."""
 
 
 class RayCrew:
-    """As many workers as there are CPUs for, `threads` each; a context manager that lets them go.
+    """As many workers as there are CPUs for, `threads` each, on one machine; a context manager that lets them go.
+
+    A worker gets batches once it has answered: where others use the cluster too, some may never start.
 
     address: of a running cluster, such as "10.0.0.1:6379"; None for this machine.
     """
@@ -44,30 +48,39 @@ class RayCrew:
         if address is not None:
             _require_answer(address)
         ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        self._threads = min(threads, cpus)
-        self._size = cpus // self._threads
+        self._threads, self._size = _crew_size(ray.nodes(), threads)
         self._workers: list[Any] = []
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}
         self._task: Task | None = None
 
     def draw(
         self, task: Task, variant: Variant, jobs: Iterable[Job], *, sampler: Sampler, lens: Lens, tick: Tick
     ) -> Iterator[tuple[Job, Batch]]:
-        """Raises: QncdError as draw_batch does, EngineError if a worker dies."""
+        """Raises: QncdError as draw_batch does, EngineError if a worker dies or none starts."""
         del lens  # the workers' own
-        idle, waiting, running = list(self._hired(task)), iter(jobs), {}
-        while True:
-            while idle and (job := next(waiting, None)) is not None:
-                worker = idle.pop()
-                running[worker.draw.remote(variant, job)] = worker, job
-            if not running:
-                return
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            worker, job = running.pop(done)
-            idle.append(worker)
-            batch = _result(done)
-            tick(len(sampler.steps) * len(job.indices) * (1 if batch.forced is None else 2))
-            yield job, batch
+        self._hire(task)
+        waiting, running = iter(jobs), {}
+        following = next(waiting, None)
+        try:
+            while running or following is not None:
+                while self._idle and following is not None:
+                    worker = self._idle.pop()
+                    running[worker.draw.remote(variant, following)] = worker, following
+                    following = next(waiting, None)
+                starting = self._starting if following is not None else {}
+                done = _first([*running, *starting], timeout=None if running else _START_S)
+                if done in self._starting:
+                    self._idle.append(self._starting.pop(done))
+                    _result(done)
+                    continue
+                worker, job = running.pop(done)
+                self._idle.append(worker)
+                batch: Batch = _result(done)
+                tick(len(sampler.steps) * len(job.indices) * (1 if batch.forced is None else 2))
+                yield job, batch
+        finally:  # after an error some are at work still, and take what comes next when they are done
+            self._idle += [worker for worker, _ in running.values()]
 
     def __enter__(self) -> Self:
         return self
@@ -77,15 +90,36 @@ class RayCrew:
     ) -> None:
         ray.shutdown()
 
-    def _hired(self, task: Task) -> list[Any]:
-        if self._task is not task:
-            for worker in self._workers:
-                ray.kill(worker)
-            hire = ray.remote(_Worker).options(num_cpus=self._threads)
-            own = replace(task, draw=replace(task.draw, threads=self._threads))
-            self._workers = [hire.remote(own) for _ in range(self._size)]
-            self._task = task
-        return self._workers
+    def _hire(self, task: Task) -> None:
+        if self._task is task:
+            return
+        for worker in self._workers:
+            ray.kill(worker)
+        hire = ray.remote(_Worker).options(num_cpus=self._threads)
+        own = replace(task, draw=replace(task.draw, threads=self._threads))
+        self._workers = [hire.remote(own) for _ in range(self._size)]
+        self._idle, self._starting = [], {worker.answer.remote(): worker for worker in self._workers}
+        self._task = task
+
+
+def _crew_size(nodes: Iterable[Mapping[str, Any]], threads: int) -> tuple[int, int]:
+    """CPUs of a worker and how many workers there is room for. A worker is on one machine, so CPUs that are left over
+    there do not count; where no machine has `threads`, it has as many as the largest one.
+    """
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
+    threads = max(1, min(threads, max(cpus, default=1)))
+    return threads, max(1, sum(each // threads for each in cpus))
+
+
+def _first(references: list[Any], *, timeout: float | None) -> Any:
+    """The first of them that is done. Raises EngineError if none is within `timeout` seconds."""
+    done, _ = ray.wait(references, num_returns=1, timeout=timeout)
+    if not done:
+        raise EngineError(
+            f"ray: no worker started within {timeout:g} s. Are all CPUs of the cluster taken? Wait, or give fewer "
+            "--threads."
+        )
+    return done[0]
 
 
 def _require_answer(address: str) -> None:
@@ -108,6 +142,9 @@ class _Worker:
         self._lens: Lens | None = None
         self._open: tuple[Variant, Sampler] | None = None
 
+    def answer(self) -> None:
+        """The process is there."""
+
     def draw(self, variant: Variant, job: Job) -> Batch:
         """Opening is left to the first call: an error there reaches the caller as it is."""
         task = self._task
@@ -121,9 +158,9 @@ class _Worker:
         return draw_batch(self._open[1], task.draw, job, self._lens, teacher_forced=task.teacher_forced)
 
 
-def _result(reference: Any) -> Batch:
+def _result(reference: Any) -> Any:
     try:
-        batch: Batch = ray.get(reference)
+        return ray.get(reference)
     except RayTaskError as exc:
         if isinstance(exc.cause, QncdError):
             raise exc.cause from None
@@ -133,4 +170,3 @@ def _result(reference: Any) -> Batch:
             f"ray: a worker died ({first_line(exc)}). What was drawn is kept: run again, with more "
             "--threads (so fewer workers) or a smaller --batch-size if memory ran out."
         ) from exc
-    return batch
