@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from cli_helpers import qncd
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import onnx
 from fake_tensorrt import GPU, Machine, install
 from test_runtime import ROLES, write_bundle
 
@@ -194,6 +196,46 @@ def test_on_a_gpu_with_the_engines_that_are_stored(
         assert 0 < row["host_ms"]["median"] < row["picture_ms"]["median"]
     assert found[names[1]]["figures"]["psnr"]["value"] > 60
     assert found[names[2]]["figures"]["psnr"]["value"] < 60
+
+
+@pytest.fixture
+def planned(quantized: Path) -> Path:
+    """A bundle that says it is quantized, with the types in its float graph that an export leaves there."""
+    graph = quantized / ROLES["float"]
+    onnx.save(onnx.shape_inference.infer_shapes(onnx.load(graph)), graph)
+    plan = quantized / "plan.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "layers": [{"weight_bits": 8, "act_bits": 8}]}))
+    write_manifest(quantized, read_manifest(quantized))
+    return quantized
+
+
+def test_on_a_gpu_alone_speedups_are_over_the_same_network_in_float16(
+    planned: Path, tmp_path: Path, machine: Machine
+) -> None:
+    before = sorted(path.name for path in planned.iterdir())
+    args = ("--engine-dir", tmp_path / "engines", *QUICK)
+    done = qncd("bench", planned, "--backend", "tensorrt", *args)
+    assert done.code == 0, done.err
+    names = ["tensorrt float", "tensorrt baseline fp16", "tensorrt w8a8, f16 rest", "tensorrt w8a8, f32 rest"]
+    found = rows(done.out)
+    assert list(found) == names and json.loads(done.out)["baseline"] == names[1]
+    built = [name for name, *_ in machine.asked if "decoder" not in name]
+    assert built == ["unet-float.onnx", "unet-half.onnx", "unet-ort.onnx", "unet.onnx"]
+    assert found[names[1]]["figures"]["psnr"]["value"] > 40  # float16 of the float twin
+    assert found[names[2]]["figures"]["psnr"]["value"] < 40
+    assert sorted(path.name for path in planned.iterdir()) == before
+    for more in (["--backend", "onnxruntime"], ["--remainder", "f32"]):
+        done = qncd("bench", planned, "--backend", "tensorrt", *more, *args)
+        assert not any("baseline" in name for name in rows(done.out)), more
+
+
+def test_without_the_exporting_libraries_a_line_says_how_to_make_it(
+    planned: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "qncd_deploy.pipeline.half_twin", None)
+    done = qncd("bench", planned, "--backend", "tensorrt", "--remainder", "f16", "--engine-dir", tmp_path, *QUICK)
+    assert done.code == 0 and list(rows(done.out)) == ["tensorrt float", "tensorrt w8a8, f16 rest"]
+    assert "Export one with `qncd-export CHECKPOINT --format fp16`, and name it with --baseline." in caplog.text
 
 
 def test_what_is_built_for_the_run_takes_no_more_than_it_may(

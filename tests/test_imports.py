@@ -20,9 +20,9 @@ ORDER = (
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (
     "calibrate", "network", "first_token", "samples", "smoothing", "splitting", "draft", "bits", "quantize",
-    "output_error", "free_run", "sensitivity", "export", "dry_run",
+    "output_error", "free_run", "sensitivity", "export", "dry_run", "half_twin",
 ))  # fmt: skip
-"""Parts of the pipeline that only `qncd export` runs."""
+"""Parts of the pipeline that only `qncd export` runs, and `qncd bench` where it can."""
 
 ISLANDS = {
     "torch": (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -24,15 +26,18 @@ from qncd_deploy.cli.options import (
 )
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, make_engine_id, usable_remainders
-from qncd_deploy.errors import BackendMissing, EngineError, GateFailed
+from qncd_deploy.errors import BackendMissing, EngineError, GateFailed, first_line
 from qncd_deploy.evaluate.bench import bench
 from qncd_deploy.evaluate.bench_result import BenchResult, bench_table
 from qncd_deploy.evaluate.compare import Variant
 from qncd_deploy.evaluate.judge import Draw
+from qncd_deploy.pipeline.build import FLAVOURS
 from qncd_deploy.pipeline.results import check_output, write_results
 from qncd_deploy.runtime import Bundle
 
 JSON = "bench.json"
+
+log = logging.getLogger(__name__)
 
 
 @click.command("bench")
@@ -57,7 +62,7 @@ JSON = "bench.json"
     type=PATH,
     metavar="BUNDLE",
     help="Speedups are over this bundle of the same network, such as one of `qncd export --format fp16`.  "
-    "[default: over the float32 twin]",
+    "[default: over the float32 twin; on TensorRT alone over its float16 form, which is made with the export extra]",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Pictures at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Interleaved rounds.")
@@ -106,9 +111,9 @@ def bench_command(
     def stored(of: Bundle, engine_id: str) -> tuple[Path, ...]:
         return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
 
-    variants = _variants(opened, other, engines, stored)
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
-    with Bars().stage("bench") as tick:
+    with _baseline(opened, other, engines) as other, Bars().stage("bench") as tick:
+        variants = _variants(opened, other, engines, stored)
         result = bench(
             opened,
             variants,
@@ -133,6 +138,32 @@ def bench_command(
         if out is not None:
             click.echo(out)
     _check_gates(result, variants, require_psnr, require_speedup)
+
+
+@contextmanager
+def _baseline(
+    bundle: Bundle, named: Bundle | None, engines: Mapping[str, Sequence[Remainder]]
+) -> Iterator[Bundle | None]:
+    """What was named; else, where TensorRT alone runs a quantized network with a float16 rest, that network in float16,
+    if this machine can make it.
+    """
+    half_first = all(name in FLAVOURS and asked[0] == "f16" for name, asked in engines.items())
+    quantized = any(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
+    if named is not None or not (half_first and quantized):
+        yield named
+        return
+    try:
+        from qncd_deploy.pipeline.half_twin import half_twin
+    except ImportError as exc:
+        log.info(
+            "speedups are over float32: a float16 network cannot be made here (%s). Export one with `qncd-export "
+            "CHECKPOINT --format fp16`, and name it with --baseline.",
+            first_line(exc),
+        )
+        yield None
+        return
+    with half_twin(bundle) as twin:
+        yield twin
 
 
 def _engines(backends: tuple[str, ...], remainders: tuple[Remainder, ...]) -> dict[str, tuple[Remainder, ...]]:
