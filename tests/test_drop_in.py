@@ -318,7 +318,7 @@ def test_a_schedule_that_nothing_was_fitted_for_is_refused(words: Bundle, tmp_pa
     tables = [fitted(words, "affine", tmp_path)]
     scheduler_for(words, tables).set_timesteps(4)
     for options, steps, says in (
-        ({}, 9, "--n-steps 9 --guidance-scale 7.5"),
+        ({}, 9, "--n-steps 9 --eta 0 --guidance-scale 7.5"),
         ({"guidance_scale": 3.0}, 4, "--guidance-scale 3"),
         ({"eta": 1.0}, 4, "--eta 1"),
         ({"correction": "affine"}, 9, "no table for correction 'affine'"),

@@ -60,7 +60,8 @@ class RayCrew:
         """Raises: QncdError as draw_batch does, EngineError if a worker dies or none starts."""
         del lens  # the workers' own
         self._hire(task)
-        waiting, running = iter(jobs), {}
+        waiting = iter(jobs)
+        running: dict[Any, tuple[Any, Job]] = {}
         following = next(waiting, None)
         try:
             while running or following is not None:
