@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("torch", reason="gradients of the graph need torch")
 pytest.importorskip("onnxruntime")
 
+from export_helpers import parsed  # noqa: E402
+
 from qncd_deploy.calib.observe import observe  # noqa: E402
 from qncd_deploy.calib.observers import TensorStats  # noqa: E402
 from qncd_deploy.calib.trajectories import CalibSet, load_user_npz  # noqa: E402
+from qncd_deploy.export.graph import find_inputs, find_sites  # noqa: E402
 from qncd_deploy.export.passes.common import constant, initializer  # noqa: E402
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
-from qncd_deploy.pipeline.calibrate import probing  # noqa: E402
+from qncd_deploy.pipeline.calibrate import in_batches, probing  # noqa: E402
 from qncd_deploy.pipeline.network import FloatNetwork, read_network  # noqa: E402
 from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
 from qncd_deploy.pipeline.output_error import output_errors  # noqa: E402
@@ -28,6 +32,7 @@ from qncd_deploy.quant.mixed import WIDTHS  # noqa: E402
 from qncd_deploy.quant.plan import Choice, LayerSite  # noqa: E402
 from qncd_deploy.quant.policy import Policy  # noqa: E402
 from qncd_deploy.quant.ranges import sqnr_db, stats_sqnr_db  # noqa: E402
+from qncd_deploy.specs import TensorSpec  # noqa: E402
 
 
 def test_the_prediction_is_the_squared_projection_of_the_rounding_error() -> None:
@@ -50,6 +55,35 @@ def test_over_random_probes_it_is_the_noise_of_a_linear_network() -> None:
     found = [output_noise(x, [(jacobian.T @ v)[None]], grid, np.ones(1)) for v in probes]
     # (g . d)^2 is exact * chi2_1: a standard deviation of sqrt(2 / 4000) = 2.2 %.
     assert np.mean(found) == pytest.approx(exact, rel=0.09)
+
+
+TIMED = """<ir_version: 8, opset_import: ["": 18]>
+    timed (float[BATCH] t, float[BATCH,4,4,4] x) => (float[BATCH,4,4,4] y)
+    { a = Conv (x, first) b = Cos (t) c = Reshape (b, column) d = Add (a, c) y = Conv (d, second) }"""
+
+
+@pytest.mark.parametrize("size", [4, 16])  # of 10 rows: two of the last 4, six of the only 16 fill the batch up
+def test_rows_that_only_fill_a_fixed_batch_up_count_nowhere(size: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    arrays = {name: rng.standard_normal((4, 4, 1, 1)).astype(np.float32) for name in ("first", "second")}
+    arrays["column"] = np.array([-1, 1, 1, 1])
+    x = rng.standard_normal((10, 4, 4, 4)).astype(np.float32)
+    x[-1] *= 30  # the row that is repeated
+    calib = CalibSet({"t": np.linspace(0, 6, 10, dtype=np.float32), "x": x}, "test")
+    found = {}
+    for batch in ("N", size):
+        model = parsed(TIMED.replace("BATCH", str(batch)), arrays)
+        inputs = find_inputs(model)
+        specs = (TensorSpec("t", "float32", (batch,)), TensorSpec("x", "float32", (batch, 4, 4, 4)))
+        network = SimpleNamespace(inputs=inputs, facts=SimpleNamespace(inputs=specs))
+        sites = [site for site in find_sites(model, inputs) if site.name == "second"]
+        with probing(model, tmp_path) as probe:
+            stats = observe(probe, in_batches(calib, specs), ["d"])
+        (cost,) = edge_costs(model, network, sites, calib, stats, POLICY, tmp_path)
+        noise = weight_noise(model, network, sites, calib, POLICY, tmp_path)["second"]
+        found[batch] = (stats["d"].count, stats["d"].mean_square, cost.noise, noise[4], noise[8])
+    # every row meets the same numbers of the random probe; sums of float32 differ by their order
+    assert found[size] == pytest.approx(found["N"], rel=1e-4)
 
 
 def costs(*rows: tuple[str, float, int]) -> list[EdgeCost]:

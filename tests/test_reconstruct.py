@@ -16,7 +16,8 @@ pytest.importorskip("diffusers")
 from export_helpers import instrument, minmax_plan, parsed, relative_rms, run, small_network  # noqa: E402
 
 from qncd_deploy.calib.observers import TensorStats  # noqa: E402
-from qncd_deploy.errors import CalibrationError  # noqa: E402
+from qncd_deploy.calib.trajectories import CalibSet  # noqa: E402
+from qncd_deploy.errors import CalibrationError, ExportError  # noqa: E402
 from qncd_deploy.export.graph import Inputs  # noqa: E402
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
 from qncd_deploy.files import canonical_json  # noqa: E402
@@ -51,7 +52,7 @@ def learned(tmp_path: Path, preset: Preset = QUICK, **given) -> Reconstruction:
         model,
         INPUTS,
         plan,
-        feeds,
+        CalibSet(feeds, "test", given.pop("picture", None)),
         preset=preset,
         seed=given.pop("seed", 0),
         work=given.pop("work", tmp_path / "work"),
@@ -297,6 +298,70 @@ def test_shapes_that_are_computed_at_run_time_are_those_of_a_batch(tmp_path: Pat
     model, feeds = parsed(text, {**arrays, "bias": rng.standard_normal((1, 8, 1, 1)).astype(np.float32)}), rows()
     found = learned(tmp_path, model=model, feeds=feeds, plan=planned(model, feeds))
     assert set(found.weights) == {"first", "second"}
+
+
+FOLDED = """<ir_version: 8, opset_import: ["": 18]>
+    folded (float[N,8,4,4] x) => (float[N,8,4,4] y)
+    { a = Conv (x, first) b = Reshape (a, heads) c = Softmax <axis = -1> (b)
+      d = Reshape (c, picture) y = Conv (d, second) }"""
+PICTURE = np.array([-1, 8, 4, 4])
+
+
+def convolutions() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal((8, 8, 1, 1)).astype(np.float32) for name in ("first", "second")}
+
+
+def test_tensors_may_fold_heads_into_rows_between_two_blocks(tmp_path: Path) -> None:
+    model, feeds = parsed(FOLDED, {**convolutions(), "heads": np.array([-1, 4, 16]), "picture": PICTURE}), rows()
+    found = learned(tmp_path, model=model, feeds=feeds, plan=planned(model, feeds))
+    assert set(found.outcomes) == {"first", "second"} and "first" in found.weights
+
+
+def test_a_block_that_reads_folded_rows_is_refused(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 18]>
+        tokens (float[N,8,4,4] x) => (float[M,8] y)
+        { a = Conv (x, first) b = Transpose <perm = [0, 2, 3, 1]> (a) c = Reshape (b, flat) y = Gemm (c, linear) }"""
+    arrays = {"first": convolutions()["first"], "linear": convolutions()["second"][..., 0, 0]}
+    model, feeds = parsed(text, {**arrays, "flat": np.array([-1, 8])}), rows()
+    with pytest.raises(ExportError, match=r"c has shape \[128, 8\] for a batch of 8.*--recon off"):
+        learned(tmp_path, model=model, feeds=feeds, plan=planned(model, feeds))
+
+
+def test_the_pictures_that_judge_teach_nothing(tmp_path: Path) -> None:
+    """What is learned depends on no row of a held-out picture, and the figures on them alone."""
+    feeds = rows(96)
+    picture = np.tile(np.arange(16), 6)
+    strange = {"x": feeds["x"].copy()}
+    strange["x"][np.isin(picture, (7, 15))] *= 0.5
+    plan = planned(small_network(), feeds)
+    once = replace(QUICK, patience=0)  # patience looks at the held-out rows
+    found, others = (
+        learned(tmp_path, once, feeds=each, plan=plan, picture=picture, work=tmp_path / name)
+        for name, each in (("a", feeds), ("b", strange))
+    )
+    assert found.weights.keys() == others.weights.keys()
+    for name, weight in found.weights.items():
+        np.testing.assert_array_equal(weight, others.weights[name])
+    assert found.outcomes["conv"].error_before != others.outcomes["conv"].error_before
+    assert learned(tmp_path, feeds=rows(48), picture=np.repeat([0, 1], 24)).weights  # too few to hold one out
+
+
+TIMED = """<ir_version: 8, opset_import: ["": 18]>
+    timed (float[8] t, float[8,8,4,4] x) => (float[8,8,4,4] y)
+    { a = Conv (x, first) b = Cos (t) c = Reshape (b, column) d = Add (a, c) y = Conv (d, second) }"""
+
+
+def test_the_sample_says_how_many_rows_there_are_and_one_timestep_for_all_is_refused(tmp_path: Path) -> None:
+    arrays = {**convolutions(), "column": np.array([-1, 1, 1, 1])}
+    model, feeds = parsed(TIMED, arrays), {"t": np.linspace(0, 6, 96, dtype=np.float32), **rows()}
+    first = {name: array[:8] for name, array in feeds.items()}
+    plan = minmax_plan(model, first, weight_bits=4, inputs=INPUTS, roles=("body", "first", "last"))
+    assert learned(tmp_path, model=model, feeds=feeds, plan=plan).weights
+    for timed in ("float t, float[8", "float t, float[N"):
+        single = parsed(TIMED.replace("float[8] t, float[8", timed), arrays)
+        with pytest.raises(ExportError, match=r"input t is a single number for all rows.*--recon off"):
+            learned(tmp_path, model=single, feeds=feeds, plan=plan)
 
 
 def test_dequantized_integers_are_the_weights_to_the_bit(tmp_path: Path) -> None:

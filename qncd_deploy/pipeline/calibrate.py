@@ -142,7 +142,7 @@ def as_fed(feeds: Mapping[str, np.ndarray], inputs: Iterable[TensorSpec]) -> dic
     for spec in inputs:
         rows = feeds[spec.name]
         if not spec.shape:
-            fed[spec.name] = rows[0]
+            fed[spec.name] = np.asarray(rows[0])
             continue
         missing = spec.shape[0] - len(rows) if isinstance(spec.shape[0], int) else 0
         fed[spec.name] = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows

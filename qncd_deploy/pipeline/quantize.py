@@ -121,7 +121,7 @@ def quantize(
                 draft.model,
                 network.inputs,
                 draft.plan,
-                calib.arrays,
+                calib,
                 preset=preset,
                 seed=options.seed,
                 work=work,

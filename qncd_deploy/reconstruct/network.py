@@ -20,7 +20,8 @@ import onnx_ir as ir
 import torch
 
 from qncd_deploy.calib.observers import TensorStats
-from qncd_deploy.errors import CalibrationError
+from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.errors import CalibrationError, ExportError
 from qncd_deploy.export.blocks import Block, find_blocks
 from qncd_deploy.export.graph import Flow, Inputs, backward_bytes, row_macs, row_values
 from qncd_deploy.export.passes.common import constant
@@ -40,7 +41,10 @@ MEMORY_BYTES = 3 << 30
 """What a batch may hold while a block learns; a smaller batch where the preset's would hold more."""
 
 HELD_OUT = 8
-"""One row in so many only tells whether learning helped."""
+"""One picture in so many, or the last of fewer, only tells whether learning helped."""
+
+FEW_PICTURES = 4
+"""Of fewer than these every HELD_OUT-th row is held out: a whole picture would be too much of what there is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +98,7 @@ def reconstruct(
     model: ir.Model,
     inputs: Inputs,
     plan: QuantPlan,
-    rows: Mapping[str, np.ndarray],
+    calib: CalibSet,
     *,
     preset: Preset,
     seed: int,
@@ -105,14 +109,15 @@ def reconstruct(
 ) -> Reconstruction:
     """Learn the rounding of every planned weight.
 
-    model: the float graph that the plan is of. rows: calibration inputs by graph input, equal first axes. work: where
-    finished blocks are kept, by everything that decides them; scratch: for tensors. tick: blocks done, blocks in all.
+    model: the float graph that the plan is of. work: where finished blocks are kept, by everything that decides them;
+    scratch: for tensors. tick: blocks done, blocks in all.
 
     Raises: CalibrationError if there are too few rows for a batch and one to judge by; ExportError for operators that
-    torch has no function for.
+    torch has no function for, for a graph that takes one timestep for all rows, and for tensors between two blocks that
+    do not have one row for each row of the batch.
     """
     blocks = find_blocks(model, inputs, {layer.name for layer in plan.quantized})
-    walk = _Walk(model, inputs, plan, blocks, rows, preset, scratch)
+    walk = _Walk(model, inputs, plan, blocks, calib, preset, scratch)
     folder = work / walk.key(seed)
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,18 +125,61 @@ def reconstruct(
     outcomes: dict[str, Outcome] = {}
     weights: dict[str, np.ndarray] = {}
     steps: dict[str, float] = {}
-    for node in model.graph:
-        if node not in walk.inside:
-            walk.pass_through(node)
-        elif (block := walk.ends.get(node)) is not None:
-            outcome, found = walk.advance(block, folder / f"{len(outcomes):04}.npz", seed)
-            outcomes[block.layers[0]] = outcome
+    for unit in walk.units:
+        if isinstance(unit, Block):
+            outcome, found = walk.advance(unit, folder / f"{len(outcomes):04}.npz", seed)
+            outcomes[unit.layers[0]] = outcome
             if outcome.kept:
                 weights |= {name: dequantize(q, plan[name].weight_grid) for name, q in found.integers.items()}
                 steps |= found.steps
             tick(len(outcomes), len(blocks))
-        walk.forget(node)
+        else:
+            walk.pass_through(unit)
+        walk.forget(unit)
     return Reconstruction(preset, outcomes, weights, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Passage:
+    """What no block computes between two of them, run as one. nodes: in graph order; inputs: names of the tensors that
+    come in; outputs: of those that something behind it reads.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _units(model: ir.Model, blocks: Sequence[Block]) -> tuple[list[Block | _Passage], dict[str, Block | _Passage]]:
+    """Blocks and passages in the order in which they can run, up to the last block, and the last reader of every
+    tensor by name.
+    """
+    inside = {node for block in blocks for node in block.nodes}
+    ends = {block.nodes[-1]: block for block in blocks}
+    parts: list[Block | list[ir.Node]] = [[]]
+    for node in model.graph:
+        if node in ends:
+            parts += [ends[node], []]
+        elif node not in inside:
+            parts[-1].append(node)
+    parts.pop()  # what nothing reads
+    read_after: set[str] = set()
+    units: list[Block | _Passage] = []
+    last_reader: dict[str, Block | _Passage] = {}
+    for part in reversed(parts):
+        nodes = part.nodes if isinstance(part, Block) else part
+        read = dict.fromkeys(v.name for node in nodes for v in node.inputs if v is not None and not v.is_initializer())
+        made = [out.name for node in nodes for out in node.outputs]
+        unit = part
+        if not isinstance(part, Block):
+            inputs = tuple(name for name in read if name not in set(made))
+            unit = _Passage(tuple(part), inputs, tuple(name for name in made if name in read_after))
+        if not isinstance(unit, _Passage) or unit.outputs:
+            units.append(unit)
+            for name in read:
+                last_reader.setdefault(name, unit)
+            read_after.update(read)
+    return units[::-1], last_reader
 
 
 class _Walk:
@@ -143,29 +191,30 @@ class _Walk:
         inputs: Inputs,
         plan: QuantPlan,
         blocks: Sequence[Block],
-        rows: Mapping[str, np.ndarray],
+        calib: CalibSet,
         preset: Preset,
         scratch: Path,
     ) -> None:
         self.model, self.plan, self.blocks = model, plan, blocks
-        self.inside = {node for block in blocks for node in block.nodes}
-        self.ends = {block.nodes[-1]: block for block in blocks}
-        self._turn = {node: block.nodes[-1] for block in blocks for node in block.nodes}
-        self._varies = Flow(model, inputs).sources
-        self._last_use = self._last_uses()
-        given, size = len(next(iter(rows.values()))), model.graph.inputs[0].shape[0]
-        free = max(1, min(preset.batch, self._largest_batch(), given // HELD_OUT))
-        self.batch = size if isinstance(size, int) else free
-        self.preset = replace(preset, batch=self.batch)
-        self.rows = self._choose(rows)
-        numbers = np.arange(len(next(iter(self.rows.values()))))
-        self.held_out = numbers[numbers % HELD_OUT == HELD_OUT - 1]
-        self.train = numbers[numbers % HELD_OUT != HELD_OUT - 1]
+        self.units, last_reader = _units(model, blocks)
+        self._last_use: dict[Block | _Passage, list[str]] = {unit: [] for unit in self.units}
+        for name, unit in last_reader.items():
+            self._last_use[unit].append(name)
+        self._varies = {value.name for value, sources in Flow(model, inputs).sources.items() if sources}
+        fixed = _fixed_batch(model, inputs)
+        self.batch = fixed or max(1, min(preset.batch, self._largest_batch(), len(calib) // HELD_OUT))
+        chosen, self.held_out = self._choose(calib)
+        while not fixed and self.batch > 1 and len(self.held_out) < self.batch:
+            self.batch -= 1
+            chosen, self.held_out = self._choose(calib)
+        self.rows = chosen.arrays
+        self.train = np.setdiff1d(np.arange(len(chosen)), self.held_out)
         if len(self.held_out) < self.batch:
             raise CalibrationError(
-                f"reconstruction: {len(numbers)} calibration rows, expected at least {HELD_OUT * self.batch} for "
-                f"batches of {self.batch}. Raise --calib-size or --calib-steps, or use --recon off."
+                f"reconstruction: {len(calib)} calibration rows, expected at least {HELD_OUT * self.batch} for "
+                f"batches of {self.batch}. Give more calibration data, or use --recon off."
             )
+        self.preset = replace(preset, batch=self.batch)
         self.float_, self.quantized = Frontier(scratch / "float"), Frontier(scratch / "quantized")
         for name, array in self.rows.items():
             for frontier in (self.float_, self.quantized):
@@ -185,18 +234,21 @@ class _Walk:
             digest.update(name.encode() + value.const_value.tobytes())
         for name, array in sorted(self.rows.items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(self.held_out.tobytes())
         return digest.hexdigest()[:16]
 
-    def pass_through(self, node: ir.Node) -> None:
-        """Run a node outside every block."""
-        segment, names = Segment([node]), tuple(out.name for out in node.outputs)
-        inputs = tuple(v.name for v in node.inputs if v is not None and not v.is_initializer())
+    def pass_through(self, passage: _Passage) -> None:
+        """Run what lies outside every block. What does not depend on the rows, a shape at most, is kept as it is:
+        batches are all of one size.
+        """
+        segment = Segment(passage.nodes)
+        varying = tuple(name for name in passage.outputs if name in self._varies)
+        others = tuple(name for name in passage.outputs if name not in self._varies)
         for frontier in (self.float_, self.quantized):
-            if not self._varies.get(node.outputs[0]):  # a shape at most, and batches are all of one size
-                for name, value in segment(frontier.rows(inputs, slice(0, self.batch)), names).items():
-                    frontier.keep(name, value)
-                continue
-            self._fill(frontier, inputs, names, lambda feeds: segment(feeds, names))
+            for name, value in segment(frontier.rows(passage.inputs, slice(0, self.batch)), others).items():
+                frontier.keep(name, value)
+            if varying:
+                self._fill(frontier, passage.inputs, varying, lambda feeds: segment(feeds, varying))
 
     def advance(self, block: Block, file: Path, seed: int) -> tuple[Outcome, Settled]:
         """Learn a block, or read what was learned of it before, and take both copies past it."""
@@ -228,9 +280,9 @@ class _Walk:
         self._fill(self.quantized, block.inputs, names, lambda feeds: {names[0]: run(feeds)})
         return outcome, found
 
-    def forget(self, node: ir.Node) -> None:
-        """Drop what nothing after this node reads."""
-        for name in self._last_use.get(node, ()):
+    def forget(self, unit: Block | _Passage) -> None:
+        """Drop what nothing after this unit reads."""
+        for name in self._last_use[unit]:
             self.float_.drop(name)
             self.quantized.drop(name)
 
@@ -247,42 +299,36 @@ class _Walk:
             fillers = {name: stack.enter_context(frontier.filling(name, total)) for name in names}
             for start in range(0, total, self.batch):
                 for name, value in run(frontier.rows(inputs, slice(start, start + self.batch))).items():
+                    if value.shape[:1] != (self.batch,):
+                        raise ExportError(
+                            f"reconstruction: {name} has shape {list(value.shape)} for a batch of {self.batch}, "
+                            "expected between two blocks is one row for each. Use --recon off."
+                        )
                     fillers[name].add(value)
-
-    def _last_uses(self) -> dict[ir.Node, list[str]]:
-        """What can be forgotten after each node; a block reads all it needs when its last node's turn comes."""
-        place = {node: number for number, node in enumerate(self.model.graph)}
-        last: dict[str, ir.Node] = {}
-        for node in self.model.graph:
-            turn = self._turn.get(node, node)
-            for value in node.inputs:
-                if value is not None and (value.name not in last or place[turn] > place[last[value.name]]):
-                    last[value.name] = turn
-        ended: dict[ir.Node, list[str]] = {}
-        for name, node in last.items():
-            ended.setdefault(node, []).append(name)
-        return ended
 
     def _largest_batch(self) -> int:
         return max(1, MEMORY_BYTES // max(backward_bytes(block.nodes) for block in self.blocks))
 
-    def _choose(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As many rows as the disk may hold, evenly spread, whole batches of them."""
-        given = len(next(iter(rows.values())))
-        count = min(given, DISK_BYTES // max(1, 2 * 4 * self._widest())) // self.batch * self.batch
-        picked = np.linspace(0, given - 1, count).astype(int)
-        return {name: array[picked] for name, array in rows.items()}
+    def _choose(self, calib: CalibSet) -> tuple[CalibSet, np.ndarray]:
+        """As many rows as the disk may hold, evenly spread, whole batches of them; the numbers of those held out."""
+        count = min(len(calib), DISK_BYTES // max(1, 2 * 4 * self._widest())) // self.batch * self.batch
+        chosen = calib.take(np.linspace(0, len(calib) - 1, count).astype(int))
+        names, ranks = np.unique(chosen.pictures, return_inverse=True)
+        if len(names) < FEW_PICTURES or count < HELD_OUT:
+            return chosen, np.arange(HELD_OUT - 1, count, HELD_OUT)
+        every = min(HELD_OUT, len(names))
+        return chosen, np.flatnonzero(ranks % every == every - 1)
 
     def _widest(self) -> int:
         """The most values per row that are kept at a time."""
+        values = {out.name: out for node in self.model.graph for out in node.outputs}
         kept = {value.name: row_values(value) for value in self.model.graph.inputs}
         widest = 0
-        for node in self.model.graph:
-            if node not in self.inside or node in self.ends:
-                outputs = node.outputs if node not in self.ends else node.outputs[:1]
-                kept |= {out.name: row_values(out) for out in outputs}
+        for unit in self.units:
+            outputs = unit.outputs if isinstance(unit, _Passage) else (unit.output,)
+            kept |= {name: row_values(values[name]) for name in outputs}
             widest = max(widest, sum(kept.values()))
-            for name in self._last_use.get(node, ()):
+            for name in self._last_use[unit]:
                 kept.pop(name, None)
         return widest
 
@@ -294,6 +340,18 @@ class _Walk:
 def _finite(error: float) -> float | None:
     """None for what JSON has no number for: the error of a block that puts out nothing but zeros, or diverged."""
     return error if math.isfinite(error) else None
+
+
+def _fixed_batch(model: ir.Model, inputs: Inputs) -> int | None:
+    """Rows that the graph takes at a time, None for any number. Raises: ExportError for a single timestep for all."""
+    given = {value.name: value for value in model.graph.inputs}
+    if single := [name for name, value in given.items() if not len(value.shape)]:
+        raise ExportError(
+            f"reconstruction: input {single[0]} is a single number for all rows, expected one for each. "
+            "Use --recon off."
+        )
+    size = given[inputs.sample].shape[0]
+    return size if isinstance(size, int) else None
 
 
 def _write(file: Path, outcome: Outcome, found: Settled) -> None:
