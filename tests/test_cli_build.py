@@ -78,6 +78,8 @@ def test_an_engine_for_this_gpu(bundle: Path, tmp_path: Path, gpu: FakeTensorRT)
     assert [asked["WORKSPACE"] for asked in gpu.builds] == [512 << 20] * 2
     assert (tmp_path / "timing-tensorrt-10.3.0-sm89.cache").read_bytes() == b"++"
     assert "up to date" in qncd(*args).out and len(gpu.builds) == 2
+    shown = qncd("inspect", bundle, "--engine-dir", tmp_path).out
+    assert shown.count("    not held against the float network: nothing runs here") == 2
 
 
 def test_a_shelf_that_is_not_there_is_made_and_one_that_cannot_be_is_told_before_the_build(

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from qncd_deploy.cli import build as cli
 from qncd_deploy.correct.record import identity_table, save_tables
 from qncd_deploy.engines.base import Effort
-from qncd_deploy.errors import BackendMissing, EngineError
+from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError
 from qncd_deploy.pipeline import parity
 from qncd_deploy.pipeline.fit import FitOptions
 from qncd_deploy.pipeline.parity import ALLOWED, ALONE, SLACK, WATCHED, Case, Parity, first_wrong, measure, record
@@ -234,6 +234,19 @@ def test_a_wrong_engine_is_not_kept_and_its_first_wrong_layer_is_named(
     assert f"The first layer that goes wrong is the one that makes {culprit!r}. The engine is not kept." in line
     assert contents(tmp_path) == {}
     assert machine.watched and max(map(len, machine.watched)) <= WATCHED
+
+
+def test_a_wrong_engine_goes_even_if_nothing_can_be_built_to_look_for_the_layer(
+    bundle: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(library: object, path: Path) -> None:
+        raise BuildFailed(f"{path}: out of memory.")
+
+    machine.tamper = spoil
+    monkeypatch.setattr(parity, "product_tensors", full)
+    code, _, err = build(bundle, tmp_path / "engines", "--batch", "2")
+    assert code == 3 and "The engine is not kept" in err and "The first layer" not in err
+    assert contents(tmp_path) == {}
 
 
 def test_numbers_that_are_not_finite_are_found(bundle: Path, tmp_path: Path, machine: Machine) -> None:

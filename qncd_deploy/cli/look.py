@@ -160,6 +160,8 @@ def _show_bundle(
         console.print(_kernel_line(**kernel))
     for path, engine in engines.items():
         console.print(f"engine {path.name}: {engine.table.line()}")
+        if engine.unchecked is not None:
+            console.print(f"    not held against the float network: {engine.unchecked}", markup=False, highlight=False)
         for layer in engine.table.missed:
             console.print(f"    planned quantized, but runs otherwise: {layer}")
         for each in engine.table.kernels if kernels else ():

@@ -260,8 +260,7 @@ def call_shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], bat
 
 def _engine(job: _Job, library: Library, device: Device | None, gate: Gate | str, progress: Progress) -> Built:
     facts, seconds, parity = held_engine(job.path, job.facts), None, None
-    checked = isinstance(gate, str) or (facts is not None and facts.unchecked is None)
-    if facts is None or not checked:
+    if facts is None or (facts.unchecked is not None and not isinstance(gate, str)):
         place = job.path
         if facts is None:
             place = job.path.parent / ASIDE / job.path.name

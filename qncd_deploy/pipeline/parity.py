@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from qncd_deploy.engines.trt.cuda import open_arrays
 from qncd_deploy.engines.trt.library import open_library
 from qncd_deploy.engines.trt.loaded import LoadedEngine
 from qncd_deploy.engines.trt.options import BuildOptions, Shapes
-from qncd_deploy.errors import GateFailed
+from qncd_deploy.errors import EngineError, GateFailed
 from qncd_deploy.prompts import open_tokenizer, tokenize
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
@@ -232,7 +233,10 @@ class Gate:
                 found.append((measure(engine, case), case, shapes))
         for parity, case, shapes in found:
             if (fault := parity.fault) is not None:
-                first = None if role in self._bundle.around else self._first_wrong(role, parity, case, shapes, options)
+                first = None
+                if role not in self._bundle.around:
+                    with suppress(EngineError):  # it is wrong, whether or not memory suffices to find out where
+                        first = self._first_wrong(role, parity, case, shapes, options)
                 where = "" if first is None else f" The first layer that goes wrong is the one that makes {first!r}."
                 raise GateFailed(
                     f"{place}: {fault}.{where} The engine is not kept. Build it with another --level, or leave that "
