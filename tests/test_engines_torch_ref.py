@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx")
 from onnx import parser  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-from qncd_deploy.engines import torch_ref  # noqa: E402
+from qncd_deploy.engines import torch_place, torch_ref  # noqa: E402
 from qncd_deploy.engines.base import open_engine  # noqa: E402
 from qncd_deploy.engines.torch_ops import OPERATORS, Operator  # noqa: E402
 from qncd_deploy.errors import BuildFailed, EngineError  # noqa: E402
@@ -282,9 +282,9 @@ def test_a_network_on_another_device_never_mixes_devices(
 
         return operator
 
-    read_as_numbers = {OPERATORS[op] for op in torch_ref.READ_AS_NUMBERS}
+    read_as_numbers = {OPERATORS[op] for op in torch_place.READ_AS_NUMBERS}
     with open_engine("torch", tmp_path / "unet.onnx") as engine:
-        given = {name: engine._placed(torch.from_numpy(array)) for name, array in feeds.items()}
+        given = {name: torch_place.placed(torch.from_numpy(array), away) for name, array in feeds.items()}
         found = dict(engine._values(given, watched))
     assert found["out"].device == away and found["out"].shape == feeds["sample"].shape
     assert {tensor.device.type for tensor in found.values()} == {"cpu", "meta"}

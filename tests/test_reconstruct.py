@@ -18,6 +18,7 @@ from export_helpers import instrument, minmax_plan, parsed, relative_rms, run, s
 from qncd_deploy.calib.observers import TensorStats  # noqa: E402
 from qncd_deploy.calib.trajectories import CalibSet  # noqa: E402
 from qncd_deploy.errors import CalibrationError, ExportError  # noqa: E402
+from qncd_deploy.export.blocks import find_blocks  # noqa: E402
 from qncd_deploy.export.graph import Inputs  # noqa: E402
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
 from qncd_deploy.files import canonical_json  # noqa: E402
@@ -26,6 +27,7 @@ from qncd_deploy.quant.plan import float32_text  # noqa: E402
 from qncd_deploy.quant.rounding import LearnedStep  # noqa: E402
 from qncd_deploy.reconstruct import network  # noqa: E402
 from qncd_deploy.reconstruct.frontier import Filler  # noqa: E402
+from qncd_deploy.reconstruct.learn import QuantizedBlock  # noqa: E402
 from qncd_deploy.reconstruct.network import Reconstruction, reconstruct  # noqa: E402
 from qncd_deploy.reconstruct.preset import FAST, PAPER, Preset  # noqa: E402
 
@@ -370,3 +372,20 @@ def test_dequantized_integers_are_the_weights_to_the_bit(tmp_path: Path) -> None
     for name, weight in found.weights.items():
         grid = plan[name].weight_grid
         np.testing.assert_array_equal(dequantize(quantize(weight, grid), grid), weight)
+
+
+def test_blocks_learn_on_another_device() -> None:
+    """torch's device without memory stands for a GPU: it refuses operands of one op on two devices."""
+    away = torch.device("meta")
+    model, feeds = small_network(), rows(8)
+    plan = planned(model, feeds)
+    names = [output.name for node in model.graph for output in node.outputs]
+    arrays = {**feeds, **run(instrument(model, names), feeds)}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    for block in find_blocks(model, INPUTS, {layer.name for layer in plan.quantized}):
+        layers = {name: plan[name] for name in block.layers}
+        quantized = QuantizedBlock(block, layers, "offset", device=away)
+        y = quantized({name: torch.empty(shapes[name], device=away) for name in block.inputs})
+        y.square().mean().backward()
+        assert y.device == away and y.shape == shapes[block.output]
+        assert all(rounding.v.grad.device == away for rounding in quantized.roundings.values())

@@ -382,9 +382,3 @@ OPERATORS: Mapping[str, Operator] = {
     "Unsqueeze": shapes.unsqueeze,
     "Where": torch.where,
 }
-
-READ_AS_NUMBERS = frozenset(
-    {"Expand", "Pad", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Tile", "Unsqueeze"}
-    | {op for op in OPERATORS if op.startswith("Reduce")}
-)
-"""Operators that read the values of all operands but the first: shapes, axes and the like may lie on another device."""

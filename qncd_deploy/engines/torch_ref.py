@@ -20,16 +20,14 @@ from onnx import external_data_helper, numpy_helper
 from torch import Tensor
 
 from qncd_deploy.engines.base import Backend, BaseEngine, Remainder, check_feeds
-from qncd_deploy.engines.torch_ops import OPERATORS, READ_AS_NUMBERS, Operator, torch_dtype
+from qncd_deploy.engines.torch_ops import OPERATORS, Operator, torch_dtype
+from qncd_deploy.engines.torch_place import CPU, READ_AS_NUMBERS, placed, together
 from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
 OPSETS = range(13, 24)
 
 Wrap = Callable[[str, Operator], Operator]
-
-_NARROW = (torch.int8, torch.uint8)
-"""Of integers, those that are weights."""
 
 
 def _unwrapped(name: str, run: Operator) -> Operator:
@@ -39,7 +37,7 @@ def _unwrapped(name: str, run: Operator) -> Operator:
 class TorchEngine(BaseEngine):
     """Interprets an ONNX graph with the table in torch_ops; tensors are dropped after their last use."""
 
-    device = torch.device("cpu")
+    device = CPU
 
     def __init__(self, path: Path, *, engine_id: str, remainder: Remainder, threads: int | None) -> None:
         assert remainder == "f32"
@@ -59,7 +57,8 @@ class TorchEngine(BaseEngine):
         try:
             numbers = {name for node in graph.node if node.op_type in READ_AS_NUMBERS for name in node.input[1:]}
             weights = {tensor.name: _weight(tensor, path.parent) for tensor in graph.initializer}
-            self._weights = {n: weight if n in numbers else self._placed(weight) for n, weight in weights.items()}
+            values = {name: placed(weight, self.device) for name, weight in weights.items() if name not in numbers}
+            self._weights = {**weights, **values}
             self._nodes = [(node, _attributes(node)) for node in graph.node]
             given = [value for value in graph.input if value.name not in self._weights]
             inputs = {value.name: _spec(value) for value in given}
@@ -85,7 +84,7 @@ class TorchEngine(BaseEngine):
 
     def _computed(self, feeds: Mapping[str, np.ndarray], names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
         wanted = set(names)
-        values = self._values({name: self._placed(torch.tensor(array)) for name, array in feeds.items()})
+        values = self._values({name: placed(torch.tensor(array), self.device) for name, array in feeds.items()})
         while wanted:
             with self._settings(), torch.inference_mode():  # not while the caller has the turn
                 name, tensor = next(values)
@@ -114,7 +113,7 @@ class TorchEngine(BaseEngine):
         with self._settings(), torch.enable_grad():
             (out,) = self._interpret(self._differentiable(feeds), tapped).values()
             reached = {name: tensor for name, tensor in taps.items() if tensor.requires_grad}
-            weights = self._placed(torch.from_numpy(cotangent))
+            weights = placed(torch.from_numpy(cotangent), self.device)
             found = torch.autograd.grad(out, list(reached.values()), weights, allow_unused=True)
         return {
             name: (tensor.detach().cpu().numpy(), gradient.cpu().numpy())
@@ -139,7 +138,7 @@ class TorchEngine(BaseEngine):
         def watched(name: str, run: Operator) -> Operator:
             def operator(x: Tensor, *others: Tensor | None, **attributes: Any) -> Tensor | tuple[Tensor, ...]:
                 def measure(gradient: Tensor) -> None:
-                    given = (self._placed(torch.from_numpy(error)) for error in errors[name]())
+                    given = (placed(torch.from_numpy(error), self.device) for error in errors[name]())
                     moved = (run(x.detach(), error, **attributes) for error in given)
                     rows = [(gradient * each).reshape(len(cotangent), -1).sum(1, dtype=torch.float64) for each in moved]
                     found[name] = torch.stack(rows).cpu().numpy()
@@ -153,12 +152,12 @@ class TorchEngine(BaseEngine):
 
         with self._settings(), torch.enable_grad():
             (out,) = self._interpret(self._differentiable(feeds), watched).values()
-            out.backward(self._placed(torch.from_numpy(cotangent)))
+            out.backward(placed(torch.from_numpy(cotangent), self.device))
         return found
 
     def _differentiable(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         checked = check_feeds(self.path, self.inputs, feeds)
-        given = {name: self._placed(torch.tensor(array)) for name, array in checked.items()}
+        given = {name: placed(torch.tensor(array), self.device) for name, array in checked.items()}
         return {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in given.items()}
 
     @contextmanager
@@ -171,13 +170,6 @@ class TorchEngine(BaseEngine):
         finally:
             torch.set_num_threads(usual)
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        """Where it is computed with: wide integers are mostly shapes and axes, which the operators read as numbers."""
-        return self._sent(tensor) if tensor.is_floating_point() or tensor.dtype in _NARROW else tensor
-
-    def _sent(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
-
     def _interpret(self, values: dict[str, Tensor], wrap: Wrap = _unwrapped) -> dict[str, Tensor]:
         """Outputs by name. wrap: what to run for a node, from the name of its first output and its operator."""
         found = {name: tensor for name, tensor in self._values(values, wrap) if name in self.outputs}
@@ -188,7 +180,7 @@ class TorchEngine(BaseEngine):
         values = {**self._weights, **values}
         yield from list(values.items())
         for (node, attributes), expired in zip(self._nodes, self._expired, strict=True):
-            inputs = self._together(node.op_type, [values[name] if name else None for name in node.input])
+            inputs = together(node.op_type, [values[name] if name else None for name in node.input], self.device)
             try:
                 results = wrap(node.output[0], OPERATORS[node.op_type])(*inputs, **attributes)
             except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as exc:
@@ -200,12 +192,6 @@ class TorchEngine(BaseEngine):
             yield from made.items()
             for name in expired:
                 values.pop(name, None)
-
-    def _together(self, op: str, inputs: list[Tensor | None]) -> list[Tensor | None]:
-        """Operands on one device: what was computed from shapes may meet what was computed from values."""
-        if op in READ_AS_NUMBERS or len({x.device for x in inputs if x is not None}) < 2:
-            return inputs
-        return [x if x is None else self._sent(x) for x in inputs]
 
     def _close(self) -> None:
         self._weights.clear()

@@ -38,16 +38,20 @@ class Rounding(nn.Module):
     weight: float32; grid: of its shape and axis. The scale is given and stays.
     """
 
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    steps: Tensor
+
     def __init__(self, weight: np.ndarray, grid: Grid) -> None:
         super().__init__()
         shape = [1] * weight.ndim
         if grid.axis is not None:
             shape[grid.axis] = -1
-        self.scale, self.low, self.high = (
-            torch.from_numpy(np.asarray(each, np.float32).copy()).reshape(shape if np.ndim(each) else [])
-            for each in (grid.scale, grid.qmin, grid.qmax)
-        )
-        self.steps = torch.from_numpy(weight) / self.scale
+        for name, each in (("scale", grid.scale), ("low", grid.qmin), ("high", grid.qmax)):
+            tensor = torch.from_numpy(np.asarray(each, np.float32).copy())
+            self.register_buffer(name, tensor.reshape(shape if np.ndim(each) else []))
+        self.register_buffer("steps", torch.from_numpy(weight) / self.scale)
         self.v = nn.Parameter(self._start())
 
     def _start(self) -> Tensor:

@@ -11,26 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qncd_deploy.engines.torch_place import CPU, placed
+
 
 class Frontier:
     """Arrays by tensor name, first axis = rows; read through the page cache, so that memory stays bounded.
 
-    A tensor that does not depend on the rows is kept as it is.
+    A tensor that does not depend on the rows is kept as it is. device: where values are handed out.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._numbers = folder, count()
+        self._folder, self._numbers, self._device = folder, count(), device
         self._files: dict[str, Path] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._fixed: dict[str, Tensor] = {}
 
     def rows(self, names: Sequence[str], rows: slice | np.ndarray) -> dict[str, Tensor]:
         """Copies of some rows of several tensors."""
-        return {
-            name: self._fixed[name] if name in self._fixed else torch.from_numpy(np.array(self._arrays[name][rows]))
-            for name in names
-        }
+        copies = {name: torch.from_numpy(np.array(self._arrays[name][rows])) for name in names if name in self._arrays}
+        return {name: placed(copies[name], self._device) if name in copies else self._fixed[name] for name in names}
 
     def keep(self, name: str, value: Tensor) -> None:
         """A tensor that is the same for all rows."""
@@ -59,7 +59,7 @@ class Filler:
         self._array: np.memmap | None = None
 
     def add(self, batch: Tensor) -> None:
-        array = batch.detach().numpy()
+        array = batch.detach().cpu().numpy()
         if self._array is None:
             shape = (self._count, *array.shape[1:])
             self._array = np.lib.format.open_memmap(self._path, mode="w+", dtype=array.dtype, shape=shape)

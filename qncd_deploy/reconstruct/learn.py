@@ -17,7 +17,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qncd_deploy.engines.torch_place import CPU
 from qncd_deploy.export.blocks import Block
+from qncd_deploy.export.passes.common import constant
 from qncd_deploy.quant.plan import LayerPlan, float32_text
 from qncd_deploy.quant.rounding import KINDS, Kind, LearnedStep, Rounding
 from qncd_deploy.reconstruct.preset import CHECKS, Preset
@@ -54,14 +56,20 @@ class Settled:
 class QuantizedBlock:
     """A block whose planned layers are computed with quantized operands that can be learned.
 
-    layers: of the plan, by weight name. fixed: edges whose step is not to be learned, as others read them too.
+    layers: of the plan, by weight name. fixed: edges whose step is not to be learned, as others read them too. device:
+    where it is computed and learned.
     """
 
     def __init__(
-        self, block: Block, layers: Mapping[str, LayerPlan], kind: Kind, fixed: Set[str] = frozenset()
+        self,
+        block: Block,
+        layers: Mapping[str, LayerPlan],
+        kind: Kind,
+        fixed: Set[str] = frozenset(),
+        device: torch.device = CPU,
     ) -> None:
         self.output = block.output
-        self._segment = Segment(block.nodes)
+        self._segment = Segment(block.nodes, device)
         self._readers = {
             node: node.inputs[1].name
             for node in block.nodes
@@ -71,8 +79,9 @@ class QuantizedBlock:
         self.steps: dict[str, LearnedStep] = {}
         for node, name in self._readers.items():
             edge = node.inputs[0].name
-            self.roundings[name] = KINDS[kind](self._segment.constants[name].numpy(), layers[name].weight_grid)
-            self.steps.setdefault(edge, LearnedStep(layers[name].act_grid))
+            weight = constant(node.inputs[1])
+            self.roundings[name] = KINDS[kind](np.array(weight), layers[name].weight_grid).to(device)
+            self.steps.setdefault(edge, LearnedStep(layers[name].act_grid).to(device))
             self.steps[edge].step.requires_grad_(edge not in fixed)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> Tensor:
@@ -87,8 +96,8 @@ class QuantizedBlock:
     def settled(self) -> Settled:
         """What has been learned, as a plan writes it."""
         return Settled(
-            {name: rounding.integers().numpy().astype(np.int8) for name, rounding in self.roundings.items()},
-            {edge: float32_text(s.step.detach().numpy()) for edge, s in self.steps.items() if s.step.requires_grad},
+            {name: rounding.integers().cpu().numpy().astype(np.int8) for name, rounding in self.roundings.items()},
+            {edge: float32_text(s.step.item()) for edge, s in self.steps.items() if s.step.requires_grad},
         )
 
     @torch.no_grad()
@@ -97,7 +106,8 @@ class QuantizedBlock:
         for edge, step in found.steps.items():
             self.steps[edge].step.fill_(step)
         weights = {
-            name: torch.from_numpy(found.integers[name]) * rounding.scale for name, rounding in self.roundings.items()
+            name: torch.from_numpy(found.integers[name]).to(rounding.scale.device) * rounding.scale
+            for name, rounding in self.roundings.items()
         }
         return lambda feeds: self._run(feeds, weights)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qncd_deploy.engines.torch_ops import OPERATORS
+from qncd_deploy.engines.torch_place import CPU, placed, together
 from qncd_deploy.errors import ExportError, first_line
 from qncd_deploy.export.passes.common import constant
 
@@ -21,16 +22,18 @@ Operands = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor]"]
 class Segment:
     """Calling it computes tensors by name from tensors by name; constants come from the graph unless they are fed.
 
-    nodes: in an order in which they can run. Raises: ExportError for an operator that torch has no function for.
+    nodes: in an order in which they can run. device: where it computes. Raises: ExportError for an operator that torch
+    has no function for.
     """
 
-    def __init__(self, nodes: Sequence[ir.Node]) -> None:
+    def __init__(self, nodes: Sequence[ir.Node], device: torch.device = CPU) -> None:
         unknown = sorted({node.op_type for node in nodes if node.domain or node.op_type not in OPERATORS})
         if unknown:
             raise ExportError(f"reconstruction: no operator {', '.join(unknown)} in torch. Use --recon off.")
         self._steps = [(node, OPERATORS[node.op_type], _attributes(node)) for node in nodes]
         values = (value for node in nodes for value in node.inputs if value is not None and value.is_initializer())
-        self.constants = {value.name: torch.from_numpy(np.array(constant(value))) for value in values}
+        self.constants = {value.name: placed(torch.from_numpy(np.array(constant(value))), device) for value in values}
+        self._device = device
 
     def __call__(
         self,
@@ -45,7 +48,8 @@ class Segment:
         values = {**self.constants, **feeds}
         last = {value: place for place, (node, *_) in enumerate(self._steps) for value in node.inputs}
         for place, (node, run, attributes) in enumerate(self._steps):
-            inputs = [None if value is None else values[value.name] for value in node.inputs]
+            given = [None if value is None else values[value.name] for value in node.inputs]
+            inputs = together(node.op_type, given, self._device)
             if operands is not None and node in operands:
                 inputs[:2] = operands[node](inputs[0], inputs[1])
             try:

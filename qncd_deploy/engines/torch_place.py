@@ -1,0 +1,35 @@
+"""Where the tensors of a graph lie that torch interprets: values on the device, shapes and axes where the program runs,
+which reads them as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qncd_deploy.engines.torch_ops import OPERATORS
+
+CPU = torch.device("cpu")
+
+READ_AS_NUMBERS = frozenset(
+    {"Expand", "Pad", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Tile", "Unsqueeze"}
+    | {op for op in OPERATORS if op.startswith("Reduce")}
+)
+"""Operators that read the values of all operands but the first: shapes, axes and the like may lie on another device."""
+
+_NARROW = (torch.int8, torch.uint8)
+"""Of integers, those that are weights."""
+
+
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """Where it is computed with."""
+    return tensor.to(device) if tensor.is_floating_point() or tensor.dtype in _NARROW else tensor
+
+
+def together(op: str, inputs: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """Operands on one device: what was computed from shapes may meet what was computed from values."""
+    if op in READ_AS_NUMBERS or len({x.device for x in inputs if x is not None}) < 2:
+        return list(inputs)
+    return [x if x is None else x.to(device) for x in inputs]
