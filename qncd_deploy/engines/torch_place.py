@@ -4,7 +4,8 @@ which reads them as numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ _NARROW = (torch.int8, torch.uint8)
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
     """Where it is computed with."""
     return tensor.to(device) if tensor.is_floating_point() or tensor.dtype in _NARROW else tensor
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """float32 as it is written and the same every time: GPUs would round products to TF32 and pick kernels by speed."""
+    if device.type == "cuda":
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    else:
+        yield
 
 
 def together(op: str, inputs: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qncd_deploy.engines.base import Backend, BaseEngine, Remainder, check_feeds
 from qncd_deploy.engines.torch_ops import OPERATORS, Operator, torch_dtype
-from qncd_deploy.engines.torch_place import CPU, READ_AS_NUMBERS, placed, together
+from qncd_deploy.engines.torch_place import CPU, READ_AS_NUMBERS, exactly, placed, together
 from qncd_deploy.errors import BackendMissing, BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
@@ -166,7 +166,8 @@ class TorchEngine(BaseEngine):
         usual = torch.get_num_threads()
         torch.set_num_threads(self._threads or usual)
         try:
-            yield
+            with exactly(self.device):
+                yield
         finally:
             torch.set_num_threads(usual)
 
@@ -211,12 +212,6 @@ class TorchCudaEngine(TorchEngine):
                 "built for CUDA: pip install torch"
             )
         return super().library_version(backend)
-
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        exact = {"benchmark": False, "deterministic": True, "allow_tf32": False}
-        with super()._settings(), torch.backends.cudnn.flags(enabled=True, **exact):
-            yield
 
 
 def _last_uses(graph: onnx.GraphProto) -> list[list[str]]:

@@ -21,6 +21,8 @@ import torch
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.engines.base import torch_backend
+from qncd_deploy.engines.torch_place import CPU, exactly
 from qncd_deploy.errors import CalibrationError, ExportError
 from qncd_deploy.export.blocks import Block, find_blocks
 from qncd_deploy.export.graph import Flow, Inputs, backward_bytes, row_macs, row_values
@@ -127,7 +129,8 @@ def reconstruct(
     steps: dict[str, float] = {}
     for unit in walk.units:
         if isinstance(unit, Block):
-            outcome, found = walk.advance(unit, folder / f"{len(outcomes):04}.npz", seed)
+            with exactly(walk.device):
+                outcome, found = walk.advance(unit, folder / f"{len(outcomes):04}.npz", seed)
             outcomes[unit.layers[0]] = outcome
             if outcome.kept:
                 weights |= {name: dequantize(q, plan[name].weight_grid) for name, q in found.integers.items()}
@@ -215,7 +218,8 @@ class _Walk:
                 f"batches of {self.batch}. Give more calibration data, or use --recon off."
             )
         self.preset = replace(preset, batch=self.batch)
-        self.float_, self.quantized = Frontier(scratch / "float"), Frontier(scratch / "quantized")
+        self.device = torch.device("cuda") if torch_backend() == "torch-cuda" else CPU
+        self.float_, self.quantized = (Frontier(scratch / name, self.device) for name in ("float", "quantized"))
         for name, array in self.rows.items():
             for frontier in (self.float_, self.quantized):
                 with frontier.filling(name, len(array)) as filler:
@@ -229,7 +233,7 @@ class _Walk:
     def key(self, seed: int) -> str:
         """Stands for everything that decides what is learned."""
         digest = hashlib.sha256(f"{self.plan.sha256} {self.preset} {seed} {torch.__version__}".encode())
-        digest.update(str(torch.get_num_threads()).encode())
+        digest.update(f"{torch.get_num_threads()} {self.device}".encode())
         for name, value in sorted(self.model.graph.initializers.items()):
             digest.update(name.encode() + value.const_value.tobytes())
         for name, array in sorted(self.rows.items()):
@@ -241,7 +245,7 @@ class _Walk:
         """Run what lies outside every block. What does not depend on the rows, a shape at most, is kept as it is:
         batches are all of one size.
         """
-        segment = Segment(passage.nodes)
+        segment = Segment(passage.nodes, self.device)
         varying = tuple(name for name in passage.outputs if name in self._varies)
         others = tuple(name for name in passage.outputs if name not in self._varies)
         for frontier in (self.float_, self.quantized):
@@ -253,7 +257,7 @@ class _Walk:
     def advance(self, block: Block, file: Path, seed: int) -> tuple[Outcome, Settled]:
         """Learn a block, or read what was learned of it before, and take both copies past it."""
         layers = {name: self.plan[name] for name in block.layers}
-        quantized = QuantizedBlock(block, layers, self.preset.rounding, self._shared)
+        quantized = QuantizedBlock(block, layers, self.preset.rounding, self._shared, self.device)
         names = (block.output,)
         self._fill(self.float_, block.inputs, names, lambda feeds: {names[0]: quantized.float_output(feeds)})
 
