@@ -9,10 +9,14 @@ import pytest
 from cli_helpers import SMALL, Export
 
 
-def pytest_configure() -> None:
-    """Every worker has cores of its own: libraries start a thread for each that they see, and threads that wait for
+def pytest_configure(config: pytest.Config) -> None:
+    """Networks are exported for the CPU's engines, where there is a GPU too, but for the tests that ask for one.
+
+    Every worker has cores of its own: libraries start a thread for each that they see, and threads that wait for
     another worker's are many times slower than fewer threads.
     """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     workers, worker = (os.environ.get(f"PYTEST_XDIST_{name}") for name in ("WORKER_COUNT", "WORKER"))
     if workers is None or worker is None or not hasattr(os, "sched_setaffinity"):
         return
