@@ -57,8 +57,9 @@ def run(command: click.Command, args: Sequence[str] | None, name: str, **extra: 
     logging.getLogger("qncd_deploy").setLevel(logging.INFO)
     if extra:
         command.context_settings = {**command.context_settings, **CONTEXT}
+    words = sys.argv[1:] if args is None else list(args)
     try:
-        command.main(args=args, prog_name=name, standalone_mode=False)
+        command.main(args=words, prog_name=name, standalone_mode=False, obj=(name, *words))  # see typed_command
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:

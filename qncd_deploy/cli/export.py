@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from qncd_deploy.cli.exported import check_gates, facts_of, show, show_dry_run
-from qncd_deploy.cli.options import PATH, Numbers, Size, json_option, print_json
+from qncd_deploy.cli.options import PATH, Numbers, Size, json_option, print_json, typed_command
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing
 from qncd_deploy.evaluate.contest import OBJECTIVES
@@ -251,7 +250,7 @@ def export_command(**given: Any) -> None:
         return
     from qncd_deploy.pipeline.export import export
 
-    exported = export(options, Bars(), command=_command_line())
+    exported = export(options, Bars(), command=typed_command())
     if flags["as_json"]:
         print_json(facts_of(exported))
     else:
@@ -289,20 +288,3 @@ def _need_export_extra() -> None:
                 f"export: the library {library} is not installed; sampling does not need it, exporting does. "
                 'Run `pip install -c constraints.txt -e ".[export,cpu,report]"`.'
             )
-
-
-def _command_line() -> str:
-    context = click.get_current_context()
-    parts = []
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.DEFAULT or value is None:
-            continue
-        if not isinstance(parameter, click.Option):
-            parts.append(str(value))
-        elif parameter.is_flag:
-            parts.append(parameter.opts[0])
-        else:
-            for each in value if parameter.multiple else (value,):
-                parts += [parameter.opts[0], str(each)]
-    return shlex.join(["qncd-export", *parts])

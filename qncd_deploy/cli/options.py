@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -193,7 +192,7 @@ def first_token_line(found: Mapping[str, Any]) -> str:
 
 def typed_command() -> str:
     """The command line that is running, for a page that says how to make it again."""
-    return shlex.join(["qncd", *sys.argv[1:]])
+    return shlex.join(click.get_current_context().obj)
 
 
 def print_json(data: Any) -> None:
