@@ -106,6 +106,7 @@ def test_the_budget_is_shown(mixed: tuple[Path, str]) -> None:
         (["--max-size", "1MB", "--format", "fp16"], 2, "which --format fp16 does not"),
         (["--max-size", "0"], 2, "expected 1 byte or more"),
         (["--max-size", "1kB"], 1, "Give at least that"),
+        (["--avg-bits", "6", "--exclude", "."], 1, "--avg-bits 6: none of "),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(
@@ -154,6 +155,26 @@ def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_sa
     assert not found["measured"] and found["packed_bytes"] <= 500_000 and found["layers"]["W8"] > 0
     assert "too large for a backward pass" in bits_line(found)
     assert "--max-size 500000 is spent by weight error times arithmetic" in caplog.text
+
+
+def test_layers_that_stay_float_for_their_first_token_count_in_the_budget(own: OwnGraph, tmp_path: Path) -> None:
+    options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration, avg_bits=8)
+    network, policy = read_network(options), policy_of(options)
+    calib = load_user_npz(own.calibration, network.facts.inputs)
+    wanted = [site for site in network.sites if decide(site, policy)[0]]
+    with probing(network.model, tmp_path) as probe:
+        stats = observe(probe, calib.batches(8), [site.input for site in wanted])
+    kept = {max(wanted, key=lambda site: math.prod(site.shape)).name}
+    found = choose_bits(network.model, network, calib, stats, options, policy, tmp_path, kept=kept).assignment
+    assert found.choices.keys() == {site.name for site in wanted} - kept
+    bits = {site.name: 16 if site.name in kept else found.choices[site.name].weight_bits or 16 for site in wanted}
+    sizes = {site.name: math.prod(site.shape) for site in wanted}
+    assert found.average == pytest.approx(sum(sizes[n] * bits[n] for n in bits) / sum(sizes.values()))
+    assert found.average <= 8
+    everything = {site.name for site in wanted}
+    assert (
+        choose_bits(network.model, network, calib, stats, options, policy, tmp_path, kept=everything).assignment is None
+    )
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,14 @@ def test_what_makes_little_of_the_error_is_no_exception_however_cheap() -> None:
     assert keep_float(rows, budget=0.5) == {}
 
 
+def test_layers_asked_for_by_name_use_up_nothing_of_the_budget() -> None:
+    rows = costs(("a", 5e-4, 10), ("b", 4e-4, 10), ("c", 1e-4, 980))
+    assert set(keep_float(rows, budget=0.01)) == {"a.weight"}
+    assert set(keep_float(rows, budget=0.01, pinned=["a.weight"])) == {"b.weight"}
+    shared = [EdgeCost("x", ("q", "k"), 9.0, 3), EdgeCost("y", ("w",), 1.0, 97)]
+    assert keep_float(shared, budget=0.03, pinned={"k"}) == {}
+
+
 def test_no_noise_and_no_layers() -> None:
     assert keep_float(costs(("a", 0.0, 5)), budget=1.0) == {}
     assert keep_float([], budget=1.0) == {}

@@ -154,3 +154,24 @@ def test_silent_layers_are_no_reason_to_fail() -> None:
     quiet = [EdgeCost(edge.edge, edge.layers, 0.0, edge.macs) for edge in edges]
     found = assign(sites, quiet, {n: {4: 0.0, 8: 0.0} for n in noise}, BitBudget(average=5), float_share=0)
     assert found.noise == 0 and found.average <= 5
+
+
+@pytest.mark.parametrize("by_size", [False, True])
+def test_layers_that_stay_float_whatever_is_chosen_count_with_sixteen_bits(by_size: bool) -> None:
+    sites, edges, noise = network(np.random.default_rng(4), 12, readers=1)
+    chosen, floats = sites[:9], sites[9:]
+    weights = sum(math.prod(site.shape) for site in sites)
+    packed = BitBudget(bytes=1)
+    least = sum(size(s, 4, packed) for s in chosen) + sum(size(s, None, packed) for s in floats)
+    budget = BitBudget(bytes=math.ceil(1.2 * least / 8)) if by_size else BitBudget(average=9.5)
+    found = assign(chosen, edges[:9], noise, budget, float_share=0, floats=floats)
+    assert found.choices.keys() == {site.name for site in chosen}
+    given = {site.name: found.choices[site.name].weight_bits for site in chosen} | dict.fromkeys(s.name for s in floats)
+    held = sum(math.prod(site.shape) * (given[site.name] or 16) for site in sites)
+    assert found.average == pytest.approx(held / weights)
+    assert found.bytes == math.ceil(sum(size(site, given[site.name], packed) for site in sites) / 8)
+    assert found.bytes <= budget.bytes if by_size else found.average <= budget.average
+    assert found.counts()["W8"] > 0  # what is left is spent
+    too_little = BitBudget(bytes=least // 8 - 1) if by_size else BitBudget(average=4.5)
+    with pytest.raises(PlanError, match=r"9 layers to quantize take .*, beside 3 that stay float"):
+        assign(chosen, edges[:9], noise, too_little, float_share=0, floats=floats)

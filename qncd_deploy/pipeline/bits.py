@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.errors import PlanError
 from qncd_deploy.export.graph import find_sites
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
@@ -50,9 +51,15 @@ def budget_of(options: ExportOptions) -> BitBudget | None:
 
 
 def check_budget(sites: Sequence[LayerSite], options: ExportOptions, policy: Policy) -> None:
-    """Raises PlanError for a budget that no choice of bits can meet, before anything is measured."""
-    if (budget := budget_of(options)) is not None:
-        budget.require_reachable([site for site in sites if decide(site, policy)[0]])
+    """Raises PlanError for a budget that no choice of bits can meet, or that there is nothing to spend on, before
+    anything is measured.
+    """
+    if (budget := budget_of(options)) is None:
+        return
+    wanted = [site for site in sites if decide(site, policy)[0]]
+    if not wanted:
+        raise PlanError(f"{budget}: none of {len(sites)} layers is to be quantized. `qncd export --dry-run` says why.")
+    budget.require_reachable(wanted)
 
 
 def choose_bits(
@@ -74,11 +81,15 @@ def choose_bits(
     budget = budget_of(options)
     if budget is None and not options.keep_float:
         return Bits()
-    sites = [site for site in find_sites(model, network.inputs) if decide(site, policy)[0] and site.name not in kept]
-    sites = [site for site in sites if stats[site.input].amax > 0]  # the others stay float, see make_plan
+    wanted = [site for site in find_sites(model, network.inputs) if decide(site, policy)[0]]
+    # what is zero throughout calibration stays float too, see make_plan
+    sites = [site for site in wanted if site.name not in kept and stats[site.input].amax > 0]
+    if not sites:
+        return Bits()
+    pinned = [site.name for site in sites if is_included(site, policy)]
     costs = edge_costs(model, network, sites, calib, stats, policy, scratch)
-    exceptions = keep_float(costs, budget=options.keep_float / 100) if options.keep_float else {}
-    measured = bool(costs) or not sites
+    exceptions = keep_float(costs, budget=options.keep_float / 100, pinned=pinned) if options.keep_float else {}
+    measured = bool(costs)
     if not measured:
         what = "--keep-float is idle" if budget is None else f"{budget} is spent by weight error times arithmetic"
         log.info("the network is too large to measure which layers rounding hurts most: %s", what)
@@ -89,8 +100,9 @@ def choose_bits(
         noise = weight_noise(model, network, sites, calib, policy, scratch)
     else:
         costs, noise = unmeasured(model, sites, stats, policy)
-    pinned = [site.name for site in sites if is_included(site, policy)]
-    assignment = assign(sites, costs, noise, budget, float_share=share, pinned=pinned)
+    chosen = {site.name for site in sites}
+    floats = [site for site in wanted if site.name not in chosen]
+    assignment = assign(sites, costs, noise, budget, float_share=share, pinned=pinned, floats=floats)
     return Bits(assignment.choices, measured, budget, assignment)
 
 

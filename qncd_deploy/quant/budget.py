@@ -11,7 +11,7 @@ as independent. (Ours; the use of random probes for traces goes back to Hutchins
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,11 +51,12 @@ def output_noise(x: np.ndarray, gradients: Sequence[np.ndarray], grid: Grid, sig
     return float(np.mean(np.square((error * total).sum(axis=1)) / signal))
 
 
-def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, Choice]:
+def keep_float(costs: Sequence[EdgeCost], *, budget: float, pinned: Collection[str] = ()) -> Mapping[str, Choice]:
     """Layers to leave in float, with the reason of each: the noisiest per multiplication while they fit in the budget.
 
     budget: share of all multiplications in `costs` that may stay float, 0 to 1; up to LARGEST_BUDGET of them while the
-    other layers are predicted to make more than TOO_NOISY of the output's power.
+    other layers are predicted to make more than TOO_NOISY of the output's power. pinned: layers that may not, nor what
+    reads a tensor with them.
     """
     noise, macs = sum(cost.noise for cost in costs), sum(cost.macs for cost in costs)
     left_noise, spent = noise, 0
@@ -63,7 +64,7 @@ def keep_float(costs: Sequence[EdgeCost], *, budget: float) -> Mapping[str, Choi
     for cost in sorted(costs, key=lambda cost: cost.noise / max(cost.macs, 1), reverse=True):
         share = cost.noise / noise if noise else 0.0
         allowed = max(budget, LARGEST_BUDGET) if left_noise > TOO_NOISY else budget
-        if share < LEAST_SHARE or spent + cost.macs > allowed * macs:
+        if any(name in pinned for name in cost.layers) or share < LEAST_SHARE or spent + cost.macs > allowed * macs:
             continue
         spent += cost.macs
         left_noise -= cost.noise

@@ -66,22 +66,26 @@ class BitBudget:
     def __str__(self) -> str:
         return f"--avg-bits {self.average:g}" if self.bytes is None else f"--max-size {self.bytes}"
 
-    def limit(self, sites: Sequence[LayerSite]) -> float:
-        """Bits for all the layers together."""
-        return self.average * sum(map(_weights, sites)) if self.bytes is None else 8 * self.bytes
+    def limit(self, sites: Sequence[LayerSite], floats: Sequence[LayerSite] = ()) -> float:
+        """Bits for all of `sites` together; floats: layers that count as well and stay float whatever is chosen."""
+        whole = self.average * sum(map(_weights, [*sites, *floats])) if self.bytes is None else 8 * self.bytes
+        return whole - sum(self.bits(site, FLOAT_BITS) for site in floats)
 
     def bits(self, site: LayerSite, width: int) -> int:
         """Bits that a layer takes of the limit at this width; scales count in a size, not in an average."""
         return width * _weights(site) if self.bytes is None else _packed_bits(site, width)
 
-    def require_reachable(self, sites: Sequence[LayerSite]) -> None:
-        """Raises PlanError where even the fewest bits in every layer are too many."""
+    def require_reachable(self, sites: Sequence[LayerSite], floats: Sequence[LayerSite] = ()) -> None:
+        """Raises PlanError where even the fewest bits in every layer are too many; floats: see limit."""
         least = sum(self.bits(site, WIDTHS[0]) for site in sites)
-        if least > self.limit(sites):
-            needed = f"{least / sum(map(_weights, sites)):g}" if self.bytes is None else f"{math.ceil(least / 8)}"
+        if least > self.limit(sites, floats):
+            least += sum(self.bits(site, FLOAT_BITS) for site in floats)
+            weights = sum(map(_weights, [*sites, *floats]))
+            needed = f"{least / weights:g}" if self.bytes is None else f"{math.ceil(least / 8)}"
+            beside = f", beside {len(floats)} that stay float" if floats else ""
             raise PlanError(
                 f"{self}: the {len(sites)} layers to quantize take {needed} with {WIDTHS[0]} bits a weight, the "
-                f"fewest there are. Give at least that."
+                f"fewest there are{beside}. Give at least that."
             )
 
 
@@ -125,24 +129,28 @@ def assign(
     *,
     float_share: float,
     pinned: Collection[str] = (),
+    floats: Sequence[LayerSite] = (),
 ) -> Assignment:
     """Solve the program above.
 
     sites: the layers to choose for; edges: the tensors they read, every layer in one of them; noise: n_lb by layer and
-    width, of all WIDTHS; float_share: of the multiplications, may stay float; pinned: layers that may not.
+    width, of all WIDTHS; float_share: of the multiplications, may stay float; pinned: layers that may not; floats:
+    layers that count in the budget and stay float whatever is chosen.
 
     Raises: PlanError where the budget cannot be met.
     """
-    budget.require_reachable(sites)
+    budget.require_reachable(sites, floats)
     weight_noise = np.array([[noise[site.name][width] for width in WIDTHS] for site in sites])
     edge_noise = np.array([edge.noise for edge in edges])
     uniform = edge_noise.sum() + weight_noise.sum(axis=0)
-    widths, gap = _solve(sites, edges, weight_noise, budget, float_share, frozenset(pinned))
+    widths, gap = _solve(
+        sites, edges, weight_noise, budget, budget.limit(sites, floats), float_share, frozenset(pinned)
+    )
     given = {site.name: width for site, width in zip(sites, widths, strict=True)}
-    held = [(site, given[site.name] or FLOAT_BITS) for site in sites]
+    held = [(site, given.get(site.name) or FLOAT_BITS) for site in (*sites, *floats)]
     return Assignment(
         choices=_explained(edges, noise, given, float(uniform[0])),
-        average=sum(bits * _weights(site) for site, bits in held) / sum(map(_weights, sites)),
+        average=sum(bits * _weights(site) for site, bits in held) / sum(_weights(site) for site, _ in held),
         bytes=math.ceil(sum(_packed_bits(site, bits) for site, bits in held) / 8),
         noise=sum(edge.noise for edge in edges if given[edge.layers[0]])
         + sum(noise[name][width] for name, width in given.items() if width),
@@ -156,11 +164,13 @@ def _solve(
     edges: Sequence[EdgeCost],
     weight_noise: np.ndarray,
     budget: BitBudget,
+    limit: float,
     float_share: float,
     pinned: frozenset[str],
 ) -> tuple[list[int | None], float]:
-    """The width of every layer, None for float, and the gap. Unknowns: z of every edge, then y of every layer, width
-    by width.
+    """The width of every layer, None for float, and the gap. limit: bits for all of them.
+
+    Unknowns: z of every edge, then y of every layer, width by width.
     """
     number = {name: i for i, edge in enumerate(edges) for name in edge.layers}
     owner = np.array([number[site.name] for site in sites])
@@ -183,7 +193,7 @@ def _solve(
     program = Program(
         goal=goal / scale,
         limits=np.stack([size // unit, row(share, np.zeros(taken.shape))]),
-        most=np.array([math.floor(budget.limit(sites) / unit), float_share]),
+        most=np.array([math.floor(limit / unit), float_share]),
         groups=one_each,
         upper=row(may_float, np.ones(taken.shape)),
     )
@@ -197,7 +207,7 @@ def _solve(
     x, gap = solve(program, whole, gap=GAP, constant=sum(edge.noise for edge in edges) / scale)
     widths = [WIDTHS[int(of.argmax())] if of.any() else None for of in x[len(edges) :].reshape(taken.shape)]
     used = sum(budget.bits(site, width or FLOAT_BITS) for site, width in zip(sites, widths, strict=True))
-    assert used <= budget.limit(sites)
+    assert used <= limit
     return widths, gap
 
 
