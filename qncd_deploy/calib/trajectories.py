@@ -79,8 +79,8 @@ class ConditionRows:
 class Recipe:
     """Everything that decides the content of a recorded set.
 
-    model_sha256: of the float checkpoint. latent_shape: (C, H, W). size: pictures. calls: network calls to record of
-    each picture's trajectory. batch_size: pictures sampled together.
+    model_sha256: of the float checkpoint. engine: what computes it, with its version. latent_shape: (C, H, W). size:
+    pictures. calls: network calls to record of each picture's trajectory. batch_size: pictures sampled together.
     """
 
     model_sha256: str
@@ -93,6 +93,7 @@ class Recipe:
     guidance_scale: float = 1.0
     seed: int = 0
     batch_size: int = 16
+    engine: str = ""
 
     def __post_init__(self) -> None:
         for what, value in (
@@ -124,6 +125,7 @@ class Recipe:
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "engine": self.engine,
             "condition": None
             if self.condition is None
             else [

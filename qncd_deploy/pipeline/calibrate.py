@@ -12,7 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.calib.trajectories import CalibSet, ConditionRows, Recipe, load_user_npz, record
-from qncd_deploy.engines.base import computing_backend, open_engine, torch_backend
+from qncd_deploy.engines.base import (
+    backend_status,
+    computing_backend,
+    find_backend,
+    make_engine_id,
+    open_engine,
+    torch_backend,
+)
 from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.errors import CalibrationError
@@ -39,16 +46,16 @@ def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, 
     """
     if options.calib_data is not None:
         return load_user_npz(options.calib_data, network.facts.inputs)
-    recipe = _recipe(network, options)
-    with open_engine(computing_backend(), graph) as engine:
+    backend = computing_backend()
+    recipe = _recipe(network, options, f"{make_engine_id(backend)} {backend_status(find_backend(backend)).version}")
+    with open_engine(backend, graph) as engine:
         rows = recipe.batch_size * (1 if recipe.null is None else 2)
         model = EngineModel.of(engine, rows=rows)
         return record(model, recipe, options.calib_dir / name, resume=options.resume, progress=tick)
 
 
-def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
-    if network.schedule is None:
-        raise CalibrationError("calibration: the graph has no schedule to sample with. Give --calib-data FILE.npz.")
+def _recipe(network: FloatNetwork, options: ExportOptions, engine: str) -> Recipe:
+    assert network.schedule is not None, "graphs without one bring --calib-data"
     given, null = condition_rows(network, range(options.calib_pictures))
     return Recipe(
         model_sha256=digest_of(network.files),
@@ -61,6 +68,7 @@ def _recipe(network: FloatNetwork, options: ExportOptions) -> Recipe:
         guidance_scale=network.facts.guidance_scale,
         seed=options.seed,
         batch_size=min(options.calib_pictures, rows_per_run(network.facts.latent_shape, most=PICTURES)),
+        engine=engine,
     )
 
 
