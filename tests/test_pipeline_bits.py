@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -23,8 +24,10 @@ from qncd_deploy.bundle import read_manifest
 from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.trajectories import load_user_npz
 from qncd_deploy.cli.options import Size, bits_line
+from qncd_deploy.errors import UsageError
 from qncd_deploy.pipeline.bits import choose_bits
 from qncd_deploy.pipeline.calibrate import probing
+from qncd_deploy.pipeline.dry_run import dry_run
 from qncd_deploy.pipeline.network import read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.quantize import policy_of
@@ -191,3 +194,20 @@ def test_layers_that_stay_float_for_their_first_token_count_in_the_budget(own: O
 def test_learning_the_rounding_takes_more_pictures(changes: dict, preset: str | None, pictures: int) -> None:
     options = ExportOptions(Path("model.ckpt"), **changes)
     assert (options.preset and options.preset.name, options.calib_pictures) == (preset, pictures)
+
+
+def test_a_dry_run_counts_the_blocks_that_smoothing_tries(own: OwnGraph) -> None:
+    options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration)
+    every = dry_run(options).residual_blocks
+    assert every > 0
+    assert dry_run(replace(options, smooth="off")).residual_blocks == 0
+    name = read_network(options).resblocks[0].conv2
+    assert dry_run(replace(options, exclude=(f"^{re.escape(name)}$",))).residual_blocks == every - 1
+
+
+def test_a_graph_that_nothing_is_quantized_of_needs_no_data(own: OwnGraph, tmp_path: Path) -> None:
+    shelves = ("--calib-dir", tmp_path / "calib_data", "--onnx-dir", tmp_path / "export")
+    done = qncd("export", own.graph, "--format", "fp16", *shelves)
+    assert done.code == 0 and (tmp_path / "export/own-fp16/unet.onnx").exists(), done.err
+    with pytest.raises(UsageError, match="Give --calib-data"):
+        ExportOptions(own.graph)

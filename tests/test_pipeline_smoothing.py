@@ -20,6 +20,7 @@ from export_helpers import parsed, run  # noqa: E402
 
 from qncd_deploy.calib.trajectories import CalibSet, load_user_npz  # noqa: E402
 from qncd_deploy.cli.exported import smoothing_line  # noqa: E402
+from qncd_deploy.errors import CalibrationError  # noqa: E402
 from qncd_deploy.export.linears import find_linear_edges  # noqa: E402
 from qncd_deploy.pipeline import quantize as quantizing  # noqa: E402
 from qncd_deploy.pipeline import smoothing as judging  # noqa: E402
@@ -148,6 +149,17 @@ def test_the_quantized_network_has_what_lowers_its_error(network, tmp_path: Path
     assert made.plan["plain"].input == "even"
     again = quantize(net, calib, options, tmp_path / "work", tmp_path, Silent())
     assert again.plan == made.plan
+
+
+def test_rounding_that_cannot_be_learned_is_left_to_the_nearest_level_unless_asked_for(network, tmp_path: Path) -> None:
+    net, calib, options = network
+    few, four = calib.take(np.arange(7)), replace(options, format="w4a8", smooth="off", split="off")
+    made = quantize(net, few, four, tmp_path / "work", tmp_path, Silent())
+    assert made.reconstruction is None and made.plan.quantized
+    (note,) = made.notes
+    assert "rounding is not learned" in note and "7 calibration rows, expected at least 8" in note
+    with pytest.raises(CalibrationError, match="7 calibration rows"):
+        quantize(net, few, replace(four, recon="fast"), tmp_path / "work", tmp_path, Silent())
 
 
 def decision(*layers: str) -> Decision:

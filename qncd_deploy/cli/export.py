@@ -209,7 +209,8 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "--fit-size",
     type=int,
     default=DEFAULTS.fit_size,
-    help="Pictures to fit corrections on; auto chooses on as many others, and confirms on twice as many.",
+    help="Pictures to fit corrections on, and others to judge smoothing and --step-bits by; --correction auto chooses "
+    "on as many again, and confirms on twice as many.",
 )
 @click.option("--eval-size", type=int, default=DEFAULTS.eval_size, help="Pictures that the figures are measured on.")
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Of calibration, fits and figures.")

@@ -60,4 +60,6 @@ def dry_run(options: ExportOptions) -> DryRun:
     if not options.rounds_activations:
         return DryRun(bundle_folder(options), layers, 0, 0)
     skips = candidates(network, options, policy)
-    return DryRun(bundle_folder(options), layers, len(network.resblocks), len(skips))
+    quantized = {site.name for site, wanted, _ in layers if wanted}
+    blocks = () if options.smooth == "off" else [b for b in network.resblocks if b.conv2 in quantized]
+    return DryRun(bundle_folder(options), layers, len(blocks), len(skips))

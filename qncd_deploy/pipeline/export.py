@@ -93,7 +93,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         manifest = write_manifest(folder, _manifest(network, quantized, options))
         if network.schedule is None:
             write_page(folder, Bundle(folder, manifest), None, command=command)
-            return Exported(Bundle(target, manifest), quantized, {}, None, network.notes)
+            return Exported(Bundle(target, manifest), quantized, {}, None, (*network.notes, *quantized.notes))
         exact = options.correction == "off" or options.format == FLOAT_FORMAT
         fitted = {} if exact else _fitted(Bundle(folder, manifest), options, progress)
         if fitted:
@@ -106,7 +106,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         quality = {**manifest.quality, **contests, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
         write_page(folder, Bundle(folder, manifest), proof.comparison, command=command)
-    return Exported(Bundle(target, manifest), quantized, fitted, proof, network.notes)
+    return Exported(Bundle(target, manifest), quantized, fitted, proof, (*network.notes, *quantized.notes))
 
 
 @contextmanager

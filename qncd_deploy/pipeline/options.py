@@ -52,7 +52,8 @@ class ExportOptions:
     error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of activations to choose from
     by timestep, the format's own among them; () for these throughout. alpha: None tries several. recon: "auto" learns
     the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the held-out error (False is for
-    studies of the method itself). fit_size: pictures that corrections are fitted on; auto chooses on as many others.
+    studies of the method itself). fit_size: pictures that corrections are fitted on, and as many others that smoothing
+    and step_bits are judged by; auto chooses on as many others.
     """
 
     checkpoint: Path
@@ -148,7 +149,7 @@ class ExportOptions:
             raise UsageError(f"--seed {self.seed}: expected 0 or more.")
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise UsageError(f"--name {self.name!r}: expected letters, digits, dots, dashes and underscores only.")
-        if self.brings_graph and self.calib_data is None:
+        if self.brings_graph and self.calib_data is None and self.format != FLOAT_FORMAT:
             raise UsageError(
                 f"{self.checkpoint}: a bare graph is calibrated on your data. Give --calib-data FILE.npz, one array "
                 "per graph input, first axis = samples."

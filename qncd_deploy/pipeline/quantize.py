@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
+from qncd_deploy.errors import CalibrationError, ExportError
 from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.half import HalfRemainder
@@ -39,7 +40,8 @@ class Quantized:
     """The plan, what became of smoothing, of splitting, of a budget of bits and of the first text token, and the graphs
     by file name (the float twin too).
 
-    steps: what became of --step-bits, None without it;  graphs: none once they are written.
+    steps: what became of --step-bits, None without it;  graphs: none once they are written;  notes: what the user
+    should be told of.
     """
 
     plan: QuantPlan
@@ -50,6 +52,7 @@ class Quantized:
     steps: Steps | None = None
     reconstruction: Reconstruction | None = None
     first_tokens: FirstTokens = field(default_factory=FirstTokens)
+    notes: tuple[str, ...] = ()
 
 
 def policy_of(options: ExportOptions) -> Policy:
@@ -114,21 +117,27 @@ def quantize(
         with progress.stage("smoothing, judged"):
             chosen, smoothing = judge(network, alternatives, drafts, calib, options, scratch)
     draft, bits = drafts[chosen], measured[min(chosen, 1)]
-    found = None
+    found, notes = None, ()
     if (preset := options.preset) is not None:
         with progress.stage("rounding") as tick:
-            found = reconstruct(
-                draft.model,
-                network.inputs,
-                draft.plan,
-                calib,
-                preset=preset,
-                seed=options.seed,
-                work=work,
-                scratch=scratch,
-                resume=options.resume,
-                tick=tick,
-            )
+            try:
+                found = reconstruct(
+                    draft.model,
+                    network.inputs,
+                    draft.plan,
+                    calib,
+                    preset=preset,
+                    seed=options.seed,
+                    work=work,
+                    scratch=scratch,
+                    resume=options.resume,
+                    tick=tick,
+                )
+            except (CalibrationError, ExportError) as error:
+                if options.recon != "auto":
+                    raise
+                notes = (f"rounding is not learned, which --recon auto does where it can: {error}",)
+    if found is not None:
         draft = Draft(found.fold(draft.model), found.revise(draft.plan, draft.model, seen))
     steps = None
     if options.step_bits:
@@ -138,7 +147,7 @@ def quantize(
         graphs = _graphs(network.model, draft.master(), draft.plan)
         for suffix, narrow in steps.drafts.items() if steps else ():
             graphs |= _siblings(narrow.master(), narrow.plan, suffix)
-        return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found, tokens)
+        return Quantized(draft.plan, smoothing, splitting, bits, graphs, steps, found, tokens, notes)
 
 
 def _on_file(model: ir.Model, data: Path) -> ir.Model:
