@@ -194,6 +194,23 @@ def test_steps_smaller_than_one_update_stay_above_zero(
     assert min(used) > 0 and np.min(used) < 0.2 * plan["second"].act_scale
 
 
+def test_published_weights_are_learned_before_activations_are_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning, original = [], LearnedStep.forward
+
+    def forward(self, x):
+        learning.append(torch.is_grad_enabled())
+        return original(self, x)
+
+    monkeypatch.setattr(LearnedStep, "forward", forward)
+    learned(tmp_path, replace(PAPER, iterations=9, steps_iterations=2, batch=8))
+    assert learning.count(True) == 2 * 5  # every layer's input, in the iterations of the steps alone
+    learning.clear()
+    learned(tmp_path, replace(QUICK, iterations=9, patience=0), work=tmp_path / "fast")
+    assert learning.count(True) == 9 * 5
+
+
 def test_what_has_no_relative_error_is_no_number_in_the_manifest(tmp_path: Path) -> None:
     """A block of zeros has nothing to compare its error with, and JSON knows no infinity."""
     model, feeds = faint(1.0), rows()

@@ -48,6 +48,8 @@ def _all(source: str, **values: Any) -> tuple[Setting, ...]:
 _EVERY_LAYER = _all("no layer is excepted for its error in any of the papers", keep_float=0.0, first_token="off")
 _QDIFFUSION_ONLY = _all("Q-Diffusion neither smooths nor corrects the sampling loop", smooth="off", correction="off")
 _QDIFFUSION_APART = (
+    "Steps of activations are learned in a second pass over the network there, when all weights are; here block by "
+    "block, each block's after its weights.",
     "The released code quantizes the first and the last layer, and the Linears of the time embedding; here they stay "
     "float.",
     "q, k, v and the attention weights are quantized before their products there; here these stay float.",

@@ -84,9 +84,9 @@ class QuantizedBlock:
             self.steps.setdefault(edge, LearnedStep(layers[name].act_grid).to(device))
             self.steps[edge].step.requires_grad_(edge not in fixed)
 
-    def __call__(self, feeds: Mapping[str, Tensor]) -> Tensor:
-        """The output with what has been learned so far, differentiable."""
-        return self._run(feeds, {name: rounding() for name, rounding in self.roundings.items()})
+    def __call__(self, feeds: Mapping[str, Tensor], *, steps: bool = True) -> Tensor:
+        """The output with what has been learned so far, differentiable; without `steps` activations are not rounded."""
+        return self._run(feeds, {name: rounding() for name, rounding in self.roundings.items()}, steps=steps)
 
     def hard(self) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """The same with every weight on its grid, for good; the steps can still be learned."""
@@ -127,9 +127,9 @@ class QuantizedBlock:
     def _learnable(self) -> list[Tensor]:
         return [*(each.v for each in self.roundings.values()), *(each.step for each in self.steps.values())]
 
-    def _run(self, feeds: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, feeds: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, steps: bool = True) -> Tensor:
         def operands(node: ir.Node, name: str) -> Operands:
-            return lambda x, _: (self.steps[node.inputs[0].name](x), weights[name])
+            return lambda x, _: (self.steps[node.inputs[0].name](x) if steps else x, weights[name])
 
         replaced = {node: operands(node, name) for node, name in self._readers.items()}
         return self._segment(feeds, (self.output,), replaced)[self.output]
@@ -171,7 +171,9 @@ _PASSES = 3
 def _weights(
     block: QuantizedBlock, rows: Rows, train: np.ndarray, preset: Preset, iterations: int, pick: np.random.Generator
 ) -> Iterator[int]:
-    """Learn roundings, and the steps too if they have no iterations of their own; yields the iterations done."""
+    """Learn roundings, and the steps too if they have no iterations of their own: else the block's activations are not
+    rounded yet. Yields the iterations done.
+    """
     roundings = list(block.roundings.values())
     groups = [{"params": [each.v for each in roundings], "lr": preset.rate}]
     if not preset.steps_iterations:
@@ -182,7 +184,7 @@ def _weights(
     )
     for done in range(iterations):
         feeds, target = rows(pick.choice(train, preset.batch))
-        loss = _error(block(feeds), target, 2.0)
+        loss = _error(block(feeds, steps=not preset.steps_iterations), target, 2.0)
         if preset.penalty and done >= preset.warm_up * iterations:
             part = (done / iterations - preset.warm_up) / (1 - preset.warm_up)
             loss = loss + preset.penalty * sum(each.penalty(20 - 18 * part) for each in roundings)

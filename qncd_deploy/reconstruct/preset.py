@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """rounding: see quant.rounding. iterations, batch, rate: of the weights, with Adam; decay: the rate falls linearly
-    to 0. steps_rate: Adam's for the step sizes of activations, relative to each step if steps_iterations is 0, when
-    they are learned together with the weights; else they are learned afterwards for steps_iterations, the rate falling
-    to 0 as a cosine, by the error's steps_power-th power. penalty: weight of what is left of soft rounding, after the
-    first `warm_up` of the iterations, beta falling linearly from 20 to 2. patience: stop once the held-out error has
-    not fallen for so many of CHECKS looks; 0 is never. most_macs: multiplications that learning one block may take,
-    forward and backward; fewer iterations where they would be more.
+    """rounding: see quant.rounding. iterations, batch, rate: of the weights, with Adam; decay: the rate falls
+    linearly to 0. steps_rate: Adam's for the step sizes of activations, relative to each step if steps_iterations
+    is 0, when they are learned together with the weights; else, activations being float until then, afterwards for
+    steps_iterations, the rate falling to 0 as a cosine, by the error's steps_power-th power. penalty: weight of
+    what is left of soft rounding, after the first `warm_up` of the iterations, beta falling linearly from 20 to 2.
+    patience: stop once the held-out error has not fallen for so many of CHECKS looks; 0 is never. most_macs:
+    multiplications that learning one block may take, forward and backward; fewer iterations where they would be
+    more.
     """
 
     name: str
@@ -51,7 +52,10 @@ PAPER = Preset(
     penalty=0.01,
     warm_up=0.2,
 )
-"""Q-Diffusion's released schedule (Li et al., arXiv:2302.04304): AdaRound inside BRECQ's blocks, then step sizes."""
+"""Q-Diffusion's released schedule (Li et al., arXiv:2302.04304): AdaRound inside BRECQ's blocks, of weights alone,
+then step sizes. Its scripts make two passes over the network, one for the weights of all blocks and one for all
+steps; here a block learns both before the next one begins, so that the tensors it reads are rounded already.
+"""
 
 FAST = Preset(
     "fast",
