@@ -195,7 +195,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     type=click.Choice(RECONSTRUCTION),
     default=DEFAULTS.recon,
     help="Learn the rounding of weights block by block: fast, at most 150 iterations a block, or paper, Q-Diffusion's "
-    "25,000; auto is fast below 8 bits, else off.",
+    "25,000; auto is fast below 8 bits where there are rows enough and the graph allows it, else off.",
 )
 @click.option(
     "--correction",
