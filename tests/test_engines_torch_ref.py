@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,6 +289,13 @@ def test_a_network_on_another_device_never_mixes_devices(
         found = dict(engine._values(given, watched))
     assert found["out"].device == away and found["out"].shape == feeds["sample"].shape
     assert {tensor.device.type for tensor in found.values()} == {"cpu", "meta"}
+
+
+def test_a_gpu_may_hold_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch_place.torch_device() == torch_place.CPU and torch_place.room(torch_place.CPU, 5) == 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=64))
+    assert torch_place.room(torch_place.torch_device(), 5) == 32
 
 
 def test_an_error_of_a_weight_moves_the_output_as_much_as_it_says(tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ _NARROW = (torch.int8, torch.uint8)
 """Of integers, those that are weights."""
 
 
+def torch_device() -> torch.device:
+    """The GPU where torch has one, else the CPU; as engines.base.torch_backend."""
+    return torch.device("cuda") if torch.cuda.is_available() else CPU
+
+
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
     """Where it is computed with."""
     return tensor.to(device) if tensor.is_floating_point() or tensor.dtype in _NARROW else tensor
@@ -37,6 +42,11 @@ def exactly(device: torch.device) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def room(device: torch.device, on_cpu: int) -> int:
+    """Bytes that a computation may hold there: half of a GPU's, on_cpu elsewhere."""
+    return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else on_cpu
 
 
 def together(op: str, inputs: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:

@@ -17,7 +17,7 @@ from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.ort_sibling import OrtSibling
 from qncd_deploy.export.passes.shift import ShiftZeroPoints
-from qncd_deploy.export.save import spill
+from qncd_deploy.export.save import spill, unmap
 from qncd_deploy.export.verify import MASTER, ONNXRUNTIME, TENSORRT, verify
 from qncd_deploy.pipeline.bits import Bits, choose_bits
 from qncd_deploy.pipeline.calibrate import counted, probing
@@ -112,6 +112,8 @@ def quantize(
         form = _on_file(splitting.apply(each.fold(network.model)), scratch / f"form-{number}.data")
         forms.append((form, {**tokens.exceptions, **measured[min(number, 1)].exceptions}))
     drafts = _drafts(network, forms, seen, policy)
+    for graph in (network.model, plain, smoothed, *(form for form, _ in forms)):
+        unmap(graph)  # each has mapped all of its weights by now
     chosen = 0
     if len(alternatives) > 1:
         with progress.stage("smoothing, judged"):

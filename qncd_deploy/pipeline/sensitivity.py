@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import open_engine, torch_backend
+from qncd_deploy.engines.torch_place import room, torch_device
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.export.graph import backward_bytes, row_macs
 from qncd_deploy.export.passes.common import constant
@@ -33,7 +34,7 @@ so that the sum of all predictions comes out low: 0.6 of what was measured on 64
 
 BATCH = 8
 MEMORY_BYTES = 4 << 30
-"""What a backward pass may hold; a network that needs more for a single row is not measured."""
+"""What a backward pass may hold on a CPU; a network that needs more for a single row is not measured."""
 
 
 def edge_costs(
@@ -143,8 +144,9 @@ def _batch_size(model: ir.Model, network: FloatNetwork) -> int:
     """Rows that a backward pass can take; 0 where a single one needs too much memory."""
     row_bytes = backward_bytes(model.graph)
     fixed = fixed_rows(network.facts.inputs)
-    size = fixed if fixed is not None else min(BATCH, MEMORY_BYTES // max(row_bytes, 1))
-    return 0 if size * row_bytes > 2 * MEMORY_BYTES else size
+    held = room(torch_device(), MEMORY_BYTES)
+    size = fixed if fixed is not None else min(BATCH, held // max(row_bytes, 1))
+    return 0 if size * row_bytes > 2 * held else size
 
 
 def _rounded(model: ir.Model, site: LayerSite, policy: Policy) -> tuple[np.ndarray, tuple[Grid, ...]]:

@@ -21,8 +21,7 @@ import torch
 
 from qncd_deploy.calib.observers import TensorStats
 from qncd_deploy.calib.trajectories import CalibSet
-from qncd_deploy.engines.base import torch_backend
-from qncd_deploy.engines.torch_place import CPU, exactly
+from qncd_deploy.engines.torch_place import exactly, room, torch_device
 from qncd_deploy.errors import CalibrationError, ExportError
 from qncd_deploy.export.blocks import Block, find_blocks
 from qncd_deploy.export.graph import Flow, Inputs, backward_bytes, row_macs, row_values
@@ -198,6 +197,7 @@ class _Walk:
         preset: Preset,
         scratch: Path,
     ) -> None:
+        self.device = torch_device()
         self.model, self.plan, self.blocks = model, plan, blocks
         self.units, last_reader = _units(model, blocks)
         self._last_use: dict[Block | _Passage, list[str]] = {unit: [] for unit in self.units}
@@ -218,7 +218,6 @@ class _Walk:
                 f"batches of {self.batch}. Give more calibration data, or use --recon off."
             )
         self.preset = replace(preset, batch=self.batch)
-        self.device = torch.device("cuda") if torch_backend() == "torch-cuda" else CPU
         self.float_, self.quantized = (Frontier(scratch / name, self.device) for name in ("float", "quantized"))
         for name, array in self.rows.items():
             for frontier in (self.float_, self.quantized):
@@ -311,7 +310,7 @@ class _Walk:
                     fillers[name].add(value)
 
     def _largest_batch(self) -> int:
-        return max(1, MEMORY_BYTES // max(backward_bytes(block.nodes) for block in self.blocks))
+        return max(1, room(self.device, MEMORY_BYTES) // max(backward_bytes(block.nodes) for block in self.blocks))
 
     def _choose(self, calib: CalibSet) -> tuple[CalibSet, np.ndarray]:
         """As many rows as the disk may hold, evenly spread, whole batches of them; the numbers of those held out."""
