@@ -18,6 +18,7 @@ from qncd_deploy.errors import UsageError  # noqa: E402
 from qncd_deploy.pipeline import dry_run  # noqa: E402
 from qncd_deploy.pipeline.export import _recipe  # noqa: E402
 from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
+from qncd_deploy.pipeline.quantize import policy_of  # noqa: E402
 from qncd_deploy.pipeline.recipes import RECIPES  # noqa: E402
 from qncd_deploy.schedule import Schedule, betas_of  # noqa: E402
 from qncd_deploy.steps import SamplerConfig, make_steps  # noqa: E402
@@ -68,6 +69,9 @@ def test_the_published_numbers() -> None:
     assert cifar["calib_size"] * cifar["calib_steps"] == 5120  # 256 at each of 20 steps
     assert 1024 <= 2 * ptqd["calib_size"] * ptqd["calib_steps"] < 1024 + 2 * ptqd["calib_steps"]
     assert sd["calib_size"] * sd["calib_steps"] == 3200 and sd["guidance_scale"] == 7.5
+    for name, method in {"qdiffusion-cifar": "minmax", "qdiffusion-sd": "lp2.4", "qncd-sd": "mse"}.items():
+        options = ExportOptions(Path("model.ckpt"), **RECIPES[name].options)
+        assert policy_of(options).weight_method == method
 
 
 def test_a_recipe_sets_and_what_is_given_beside_it_wins(asked: Any) -> None:

@@ -30,7 +30,7 @@ from qncd_deploy.pipeline.options import (
     ExportOptions,
 )
 from qncd_deploy.pipeline.recipes import RECIPES
-from qncd_deploy.quant.policy import BLOCK_SIZE, BLOCK_SIZES
+from qncd_deploy.quant.policy import BLOCK_SIZE, BLOCK_SIZES, WEIGHT_METHODS
 from qncd_deploy.schedule import SCHEDULERS, SPACINGS
 
 DEFAULTS = ExportOptions(Path("model.ckpt"))
@@ -118,6 +118,13 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 )
 @click.option(
     "--percentile", type=float, default=DEFAULTS.percentile, help="Share of |x| kept, for --calib-method percentile."
+)
+@click.option(
+    "--weight-method",
+    type=click.Choice(WEIGHT_METHODS),
+    default=DEFAULTS.weight_method,
+    help="Weight ranges, by output channel: mse takes those of least squared error, lp2.4 of least |error|^2.4, as "
+    "Q-Diffusion does, minmax all of the weights.",
 )
 @click.option(
     "--asymmetric",

@@ -11,7 +11,7 @@ from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.errors import UsageError
 from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.pipeline.recipes import RECIPES
-from qncd_deploy.quant.policy import BLOCK_SIZES, FLOAT_FORMAT
+from qncd_deploy.quant.policy import BLOCK_SIZES, FLOAT_FORMAT, WEIGHT_METHODS
 from qncd_deploy.reconstruct.preset import PRESETS, Preset
 from qncd_deploy.schedule import SPACINGS
 
@@ -76,6 +76,7 @@ class ExportOptions:
     calib_steps: int = 10
     calib_method: str = "mse"
     percentile: float = 99.99
+    weight_method: str = "mse"
     asymmetric: str = "auto"
     calib_data: Path | None = None
     quant_level: float = 3
@@ -110,6 +111,7 @@ class ExportOptions:
             ("--correction", self.correction, CORRECTIONS),
             ("--objective", self.objective, OBJECTIVES),
             ("--calib-method", self.calib_method, CALIB_METHODS),
+            ("--weight-method", self.weight_method, WEIGHT_METHODS),
             ("--asymmetric", self.asymmetric, ASYMMETRIC),
             ("--timestep-spacing", self.timestep_spacing, (None, *SPACINGS)),
             ("--recipe", self.recipe, (None, *RECIPES)),

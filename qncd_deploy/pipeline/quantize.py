@@ -63,6 +63,7 @@ def policy_of(options: ExportOptions) -> Policy:
         exclude=options.exclude,
         include=options.include,
         act_method=options.calib_method,
+        weight_method=options.weight_method,
         percentile=options.percentile,
         asymmetric=options.asymmetric,
         block_size=options.block_size or BLOCK_SIZE,

@@ -133,16 +133,15 @@ RECIPES: Mapping[str, Recipe] = {
                     eta=0.0,
                 ),
                 *_all("Q-Diffusion, README: --cali_n 256 --cali_st 20", calib_size=256, calib_steps=20),
-                *_all("scripts/sample_diffusion_ddim.py: scale_method max", calib_method="minmax"),
+                *_all(
+                    "scripts/sample_diffusion_ddim.py: scale_method max", calib_method="minmax", weight_method="minmax"
+                ),
                 *_all("scripts/sample_diffusion_ddim.py: 20,000 iterations, then 5,000", recon="paper"),
                 *_all("Q-Diffusion, README: --split", split="shortcut"),
                 *_QDIFFUSION_ONLY,
                 *_EVERY_LAYER,
             ),
-            (
-                *_QDIFFUSION_APART,
-                "Ranges of weights are min-max there before rounding is learned; here they have the least error.",
-            ),
+            _QDIFFUSION_APART,
         ),
         Recipe(
             "qdiffusion-sd",
@@ -156,7 +155,7 @@ RECIPES: Mapping[str, Recipe] = {
                 ),
                 *_all("scripts/txt2img.py: --ddim_steps 50, --scale 7.5", n_steps=50, guidance_scale=7.5),
                 *_all("Q-Diffusion, README: --cali_n 128 --cali_st 25 --cond", calib_size=128, calib_steps=25),
-                *_all("scripts/txt2img.py: scale_method mse", calib_method="mse"),
+                *_all("scripts/txt2img.py: scale_method mse", calib_method="mse", weight_method="lp2.4"),
                 *_all("scripts/txt2img.py: 20,000 iterations, then 5,000", recon="paper"),
                 *_all("Q-Diffusion, README: --split", split="shortcut"),
                 *_QDIFFUSION_ONLY,
@@ -185,7 +184,7 @@ RECIPES: Mapping[str, Recipe] = {
                     calib_size=26,
                     calib_steps=20,
                 ),
-                *_all("quant_scripts: scale_method mse", calib_method="mse"),
+                *_all("quant_scripts: scale_method mse", calib_method="mse", weight_method="lp2.4"),
                 *_all("quant_scripts/quantize_ldm_brecq.py and _brecqA.py: AdaRound, then LSQ", recon="paper"),
                 *_all(
                     "quant_scripts/brecq_quant_model.py: 'skip' and 'op' layers stay float, nothing is split",
