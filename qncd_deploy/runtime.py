@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.bundle import Manifest, check_files, read_manifest
-from qncd_deploy.correct.methods import METHODS
+from qncd_deploy.correct.choice import chosen_table
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, Tables, identity_table, load_tables
 from qncd_deploy.engines.base import (
     BaseEngine,
@@ -43,8 +42,6 @@ from qncd_deploy.sampler import Network, Sampler, Text
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.stepping import Stepping, load_stepping
 from qncd_deploy.steps import SamplerConfig
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,29 +383,10 @@ class Bundle:
         give_blobs(open_here, blobs, others=others)
 
     def correction_table(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
-        """The table to use, from the first file that has it, the bundle's own last. Raises ScheduleError if a method
-        that was named is nowhere, UsageError if there is no such method.
+        """The table to use, from the first file that has it, the bundle's own last. Raises as chosen_table does, and
+        BundleError for a damaged file.
         """
-        if method == "off":
-            return identity_table(key)
-        searched = self.corrections(files)
-        if method == "auto":
-            for tables in searched:
-                if (choice := tables.choice(key)) is not None:
-                    return tables.find(choice, key)
-            log.info(
-                "no correction was fitted for this backend and schedule, so none is used. Fit one with `%s`.",
-                key.fit_command(self.path),
-            )
-            return identity_table(key)
-        for tables in searched:
-            if any(table.method == method and table.key == key for table in tables.tables):
-                return tables.find(method, key)
-        fitted = {table.method for tables in searched for table in tables.tables}
-        if method not in METHODS.keys() | fitted:  # which `qncd fit` would not change
-            made = "".join(f", {name}" for name in sorted(fitted - METHODS.keys()))
-            raise UsageError(f"correction {method}: expected auto, off or one of {', '.join(METHODS)}{made}.")
-        return searched[-1].find(method, key)
+        return chosen_table(method, key, self.corrections(files), bundle=self.path)
 
 
 def _digest(facts: Mapping[str, str]) -> str:
