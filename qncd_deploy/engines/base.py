@@ -67,40 +67,29 @@ BACKENDS: Mapping[str, Backend] = {
             install=install_line("cpu"),
             roles={"f32": "ort"},
         ),
-        Backend(
-            "torch",
-            "qncd_deploy.engines.torch_ref",
-            "TorchEngine",
-            package="torch",
-            install=install_line("export"),
-            roles={"f32": "master"},
+        *(
+            Backend(
+                name,
+                "qncd_deploy.engines.torch_ref",
+                engine,
+                package="torch",
+                install=install_line("export"),
+                roles={"f32": "master"},
+                device=device,
+            )
+            for name, engine, device in (("torch", "TorchEngine", "cpu"), ("torch-cuda", "TorchCudaEngine", "gpu"))
         ),
-        Backend(
-            "torch-cuda",
-            "qncd_deploy.engines.torch_ref",
-            "TorchCudaEngine",
-            package="torch",
-            install=install_line("export"),
-            roles={"f32": "master"},
-            device="gpu",
-        ),
-        Backend(
-            "tensorrt",
-            "qncd_deploy.engines.trt.run",
-            "TrtEngine",
-            package="tensorrt",
-            install=install_line("tensorrt"),
-            roles={"f16": "trt", "f32": "master"},
-            device="gpu",
-        ),
-        Backend(
-            "tensorrt-rtx",
-            "qncd_deploy.engines.trt.run",
-            "TrtEngine",
-            package="tensorrt-rtx",
-            install=install_line("rtx"),
-            roles={"f16": "trt", "f32": "master"},
-            device="gpu",
+        *(
+            Backend(
+                name,
+                "qncd_deploy.engines.trt.run",
+                "TrtEngine",
+                package=name,
+                install=install_line(extra),
+                roles={"f16": "trt", "f32": "master"},
+                device="gpu",
+            )
+            for name, extra in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "rtx"))
         ),
         *(
             Backend(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from qncd_deploy.engines.base import BaseEngine, Remainder, check_feeds
+from qncd_deploy.engines.base import BaseEngine, Remainder
 from qncd_deploy.errors import BuildFailed, EngineError, first_line
 from qncd_deploy.specs import TensorSpec
 
@@ -26,19 +25,14 @@ class SessionEngine(BaseEngine):
         self._session = session
         super().__init__(engine_id, path, _specs(session.get_inputs()), _specs(session.get_outputs()))
 
-    def fetch(self, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Some of the outputs only; the others are not copied out of the library. Raises EngineError as a call does."""
-        return self._outputs(check_feeds(self.path, self.inputs, feeds), names)
-
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._outputs(feeds, list(self.outputs))
+        return self._outputs(feeds, self._session)
 
-    def _outputs(
-        self, feeds: dict[str, np.ndarray], names: Sequence[str], *, session: ort.InferenceSession | None = None
-    ) -> dict[str, np.ndarray]:
-        """session: another one of the same graph than the one it was opened with."""
+    def _outputs(self, feeds: dict[str, np.ndarray], session: ort.InferenceSession) -> dict[str, np.ndarray]:
+        """session: of the same graph, the one it was opened with or another."""
+        names = list(self.outputs)
         try:
-            results = (session or self._session).run(list(names), feeds)
+            results = session.run(names, feeds)
         except Exception as exc:
             raise EngineError(f"{self.path}: ONNX Runtime failed while running ({first_line(exc)}).") from exc
         return dict(zip(names, results, strict=True))

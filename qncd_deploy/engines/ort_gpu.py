@@ -115,8 +115,8 @@ class OrtGpuEngine(SessionEngine):
         self._stored_bytes[found.shapes] = len(content)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        compiled = self._compiled.get(tuple(array.shape for array in feeds.values()))
-        return self._outputs(feeds, list(self.outputs), session=compiled)
+        shapes = tuple(array.shape for array in feeds.values())
+        return self._outputs(feeds, self._compiled.get(shapes, self._session))
 
     def _close(self) -> None:
         self._compiled.clear()
