@@ -7,9 +7,10 @@
     calibrated   Q-Diffusion's calibration: ranges of least error over all timesteps; the base of the rows below it
     METHOD       each correction on the calibrated network; NAME:paper as published
     auto         what `--correction auto` takes on the calibrated network
-    default      `qncd export` as it comes: sensitive layers in float, smoothing and correction where they help
+    default      `qncd export` as it comes: sensitive layers in float or 8 bits, rounding learned below 8 bits,
+                 smoothing and correction where they help
 
-Networks are rounded to nearest. Corrections are fitted and chosen on pictures that no figure is taken of. Everything
+All others are rounded to nearest. Corrections are fitted and chosen on pictures that no figure is taken of. Everything
 is kept in --work: an interrupted run goes on where it stopped, and another --pictures fits nothing again.
 """
 
@@ -39,7 +40,7 @@ from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.runtime import Bundle, Sampling
 
 ENGINE = "openvino"
-PLAIN = {"smooth": "off", "keep_float": 0.0, "split": "off", "asymmetric": "off", "recon": "off"}
+PLAIN = {"smooth": "off", "keep_float": 0.0, "split": "off", "asymmetric": "off", "recon": "off", "avg_bits": "off"}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "naive": {**PLAIN, "calib_method": "minmax"},
     "calibrated": PLAIN,

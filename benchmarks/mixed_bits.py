@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 
 from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.observers import TensorStats
+from qncd_deploy.calib.parts import Parts, spread
 from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
@@ -30,9 +31,9 @@ from qncd_deploy.export.save import save_siblings
 from qncd_deploy.pipeline.calibrate import calibration_set, counted, probing
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
-from qncd_deploy.pipeline.output_error import output_errors, spread_rows
+from qncd_deploy.pipeline.output_error import output_errors
 from qncd_deploy.pipeline.quantize import policy_of
-from qncd_deploy.pipeline.sensitivity import edge_costs, weight_noise
+from qncd_deploy.pipeline.sensitivity import edge_costs, unmeasured, weight_noise
 from qncd_deploy.quant.budget import EdgeCost
 from qncd_deploy.quant.decide import decide, make_plan
 from qncd_deploy.quant.grid import fake_quantize
@@ -118,7 +119,7 @@ def _case(options: ExportOptions, scratch: Path) -> tuple[Case, float]:
     started = time.process_time()
     noise = weight_noise(network.model, network, sites, calib, policy, scratch)
     seconds = time.process_time() - started
-    rows = spread_rows(calib, ROWS, odd=True)
+    rows = calib.take(spread(Parts.of(calib).unseen, ROWS))
     return Case(network, policy, stats, sites, costs, noise, rows, scratch), seconds
 
 
@@ -162,9 +163,13 @@ def _contest(case: Case, budgets: Sequence[float]) -> Iterator[str]:
         ("4", "none", [{}]),
         ("8", "all", [dict.fromkeys(size, Choice(8, ""))]),
     ]
+    unseen = {"without a backward pass": unmeasured(case.network.model, case.sites, case.stats, case.policy)}
     for average in budgets:
         found = assign(case.sites, case.edges, case.noise, BitBudget(average=average), float_share=0)
         rows.append((f"{average:g}", "**the solver's choice**", [found.choices]))
+        for name, (edges, noise) in unseen.items():
+            blind = assign(case.sites, edges, noise, BitBudget(average=average), float_share=0)
+            rows.append((f"{average:g}", name, [blind.choices]))
         for name, orders in ways.items():
             rows.append((f"{average:g}", name, [_filled(order, size, average) for order in orders]))
     measured = iter(case.errors([choices for *_, several in rows for choices in several]))

@@ -31,6 +31,7 @@ NAIVE: Recipe = {
     "split": "off",
     "asymmetric": "off",
     "recon": "off",
+    "avg_bits": "off",
 }
 PARTS: tuple[tuple[str, Recipe], ...] = (
     ("naive: min-max, nearest, nothing else", {}),
@@ -38,11 +39,12 @@ PARTS: tuple[tuple[str, Recipe], ...] = (
     ("+ asymmetric grids", {"asymmetric": "auto"}),
     ("+ split shortcuts", {"split": "auto"}),
     ("+ sensitive layers in float", {"keep_float": 2.0}),
+    ("+ 8-bit weights where that matters most", {"avg_bits": "auto"}),
     ("+ learned rounding and steps", {"recon": "auto"}),
     ("+ smoothing, gated: the default", {"smooth": "qncd"}),
 )
 """One part of the recipe after another, each on top of those before; at 8 bits some of them do nothing."""
-IDLE_AT_8_BITS = ("asymmetric", "split", "recon")
+IDLE_AT_8_BITS = ("asymmetric", "split", "recon", "avg_bits")
 FORCED: tuple[tuple[str, Recipe], ...] = (
     ("smoothing forced, qncd", {"gate": False}),
     ("smoothing forced, qncd:paper", {"gate": False, "smooth": "qncd:paper"}),

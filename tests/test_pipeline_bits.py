@@ -24,8 +24,8 @@ from qncd_deploy.bundle import read_manifest
 from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.trajectories import load_user_npz
 from qncd_deploy.cli.options import Size, bits_line
-from qncd_deploy.errors import UsageError
-from qncd_deploy.pipeline.bits import choose_bits
+from qncd_deploy.errors import PlanError, UsageError
+from qncd_deploy.pipeline.bits import SPARE_BITS, Bits, choose_bits
 from qncd_deploy.pipeline.calibrate import probing
 from qncd_deploy.pipeline.dry_run import dry_run
 from qncd_deploy.pipeline.network import read_network
@@ -122,6 +122,11 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
     assert (dry.code, dry.line) == (done.code, done.line)
 
 
+def test_a_number_of_bits_in_words_is_refused(own: OwnGraph, tmp_path: Path) -> None:
+    done = own.export(tmp_path, "--avg-bits", "four")
+    assert done.code == 2 and "'four': expected auto, off or a number" in done.err
+
+
 def test_the_least_size_that_is_named_can_be_met(own: OwnGraph, tmp_path: Path) -> None:
     refused = own.export(tmp_path, "--max-size", "1kB", "--dry-run").line
     needed = refused.partition(" take ")[2].split()[0]
@@ -157,7 +162,7 @@ def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_sa
         found = choose_bits(network.model, network, calib, stats, options, policy, tmp_path).to_json()
     assert not found["measured"] and found["packed_bytes"] <= 500_000 and found["layers"]["W8"] > 0
     assert "too large for a backward pass" in bits_line(found)
-    assert "--max-size 500000 is spent by weight error times arithmetic" in caplog.text
+    assert "--max-size 500000 is spent by relative weight error" in caplog.text
 
 
 def test_layers_that_stay_float_for_their_first_token_count_in_the_budget(own: OwnGraph, tmp_path: Path) -> None:
@@ -211,3 +216,33 @@ def test_a_graph_that_nothing_is_quantized_of_needs_no_data(own: OwnGraph, tmp_p
     assert done.code == 0 and (tmp_path / "export/own-fp16/unet.onnx").exists(), done.err
     with pytest.raises(UsageError, match="Give --calib-data"):
         ExportOptions(own.graph)
+
+
+def test_a_budget_is_spent_where_none_is_given_and_leaves_alone_what_is_float_already(
+    own: OwnGraph, tmp_path: Path
+) -> None:
+    options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration, keep_float=0.0)
+    network, policy = read_network(options), policy_of(options)
+    calib = load_user_npz(own.calibration, network.facts.inputs)
+    wanted = [site for site in network.sites if decide(site, policy)[0]]
+    with probing(network.model, tmp_path) as probe:
+        stats = observe(probe, calib.batches(8), [site.input for site in wanted])
+
+    def chosen(options: ExportOptions, kept: set[str]) -> Bits:
+        return choose_bits(network.model, network, calib, stats, options, policy, tmp_path, kept=kept)
+
+    # so much in float that 4.25 bits on average could not be met, were it to count
+    largest = sorted(wanted, key=lambda site: -math.prod(site.shape))
+    kept = {site.name for site in largest[: len(wanted) // 2]}
+    found = chosen(options, kept)
+    sizes = {site.name: math.prod(site.shape) for site in wanted if site.name not in kept}
+    assert set(found.exceptions) == set(sizes)
+    widths = {name: choice.weight_bits for name, choice in found.exceptions.items()}
+    assert set(widths.values()) == {4, 8}
+    average = sum(sizes[name] * width for name, width in widths.items()) / sum(sizes.values())
+    assert 4 < average <= 4 + SPARE_BITS == found.budget.average
+    with pytest.raises(PlanError, match=r"^--avg-bits 4.25: "):
+        chosen(replace(options, avg_bits=4 + SPARE_BITS), kept)
+    assert chosen(replace(options, avg_bits="off"), kept) == Bits()
+    assert chosen(replace(options, format="w8a8"), kept) == Bits()
+    assert chosen(replace(options, max_size=10**9), kept).budget.bytes == 10**9

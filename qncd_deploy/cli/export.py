@@ -11,13 +11,15 @@ from typing import Any
 import click
 
 from qncd_deploy.cli.exported import check_gates, facts_of, show, show_dry_run
-from qncd_deploy.cli.options import PATH, Numbers, Size, json_option, print_json, typed_command
+from qncd_deploy.cli.options import PATH, NumberOr, Numbers, Size, json_option, print_json, typed_command
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing
 from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.models.hub import fetch_from_hub, hub_name
+from qncd_deploy.pipeline.bits import SPARE_BITS
 from qncd_deploy.pipeline.options import (
     ASYMMETRIC,
+    AVERAGE_BITS,
     CALIB_METHODS,
     CORRECTIONS,
     FIRST_TOKEN,
@@ -30,6 +32,7 @@ from qncd_deploy.pipeline.options import (
     ExportOptions,
 )
 from qncd_deploy.pipeline.recipes import RECIPES
+from qncd_deploy.quant.mixed import WIDTHS
 from qncd_deploy.quant.policy import BLOCK_SIZE, BLOCK_SIZES, WEIGHT_METHODS
 from qncd_deploy.schedule import SCHEDULERS, SPACINGS
 
@@ -47,7 +50,12 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     "once, in one format. Nothing is ever downloaded otherwise.",
 )
 @click.option("--int8", "int8", is_flag=True, help="8-bit weights and activations: --format w8a8.")
-@click.option("--int4", "int4", is_flag=True, help="4-bit weights and 8-bit activations: --format w4a8.")
+@click.option(
+    "--int4",
+    "int4",
+    is_flag=True,
+    help="4-bit weights, the few that matter most in 8 (--avg-bits), and 8-bit activations: --format w4a8.",
+)
 @click.option(
     "--format",
     "format",
@@ -157,18 +165,20 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
 )
 @click.option(
     "--avg-bits",
-    type=float,
-    metavar="BITS",
+    type=NumberOr(*AVERAGE_BITS),
+    metavar="auto|off|BITS",
+    default=DEFAULTS.avg_bits,
     help="Budget of a w4 format: 4 or 8 bits or float for each layer's weights, so that they take this many on average "
-    "(float counts 16) and the output suffers least, as predicted from one backward pass. Activations keep the "
+    "(float counts 16) and the output suffers least, as predicted from one backward pass. auto: "
+    f"{WIDTHS[0] + SPARE_BITS:g}; off: {WIDTHS[0]} everywhere but where --keep-float says float. Activations keep the "
     "format's bits.",
 )
 @click.option(
     "--max-size",
     type=Size(),
     metavar="SIZE",
-    help="The same budget as a size, like 12MB: of the layers to quantize, weights packed to their bits with 4 bytes a "
-    "scale, float weights in 2 bytes. Files and engines hold 4 bits in a whole byte.",
+    help="The budget as a size instead, like 12MB: of the layers to quantize, weights packed to their bits with 4 "
+    "bytes a scale, float weights in 2 bytes. Files and engines hold 4 bits in a whole byte.",
 )
 @click.option(
     "--step-bits",

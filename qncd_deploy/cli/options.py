@@ -152,6 +152,23 @@ class Numbers(click.ParamType):
         return tuple(map(int, parts))
 
 
+class NumberOr(click.ParamType):
+    """A number, or one of the words that stand for one."""
+
+    name = "number or word"
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value in self.words:
+            return str(value)
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r}: expected {', '.join(self.words)} or a number.", param, ctx)
+
+
 class Size(click.ParamType):
     """A number of bytes: 12MB, 1.5GB (powers of 1000), 800KiB, 12MiB (powers of 1024), or plain bytes."""
 
@@ -172,7 +189,7 @@ def bits_line(bits: Mapping[str, Any]) -> str:
     """How a budget of bits was spent, from what the manifest says of it."""
     layers = ", ".join(f"{count} {kind}" for kind, count in bits["layers"].items())
     least, noise = next(iter(bits["predicted_noise_uniform"].items()))
-    by = "" if bits["measured"] else " (by weight error times arithmetic: too large for a backward pass)"
+    by = "" if bits["measured"] else " (by relative weight error: too large for a backward pass)"
     return (
         f"{bits['average']:.2f} a weight on average, {bits['packed_bytes'] / 1e6:.2f} MB packed ({bits['budget']}): "
         f"{layers}; predicted error of the output {bits['predicted_noise']:.2%}, all {least} {noise:.2%}{by}"

@@ -26,6 +26,8 @@ CALIB_METHODS = ("minmax", "percentile", "mse")
 ASYMMETRIC = ("auto", "off", "all")
 MIXED_FORMATS = ("w4a8", "w4a6", "w4a4")
 """Formats whose weights may get more bits, layer by layer."""
+AVERAGE_BITS = ("auto", "off")
+"""What --avg-bits may be beside a number."""
 
 RANGES_PICTURES = 32
 LEARNING_PICTURES = 64
@@ -47,13 +49,14 @@ class ExportOptions:
     recorded of each. exclude, include: regular expressions on weight names. keep_float: percent of the multiplications
     that may stay float where rounding costs most. first_token: "auto" leaves the layers that read the text in float
     where its first token would spoil the other tokens' range. avg_bits, max_size: budget of the weights, in bits per
-    weight or in bytes of all. block_size: weights of a 4-bit block, for w4a16 alone; None is BLOCK_SIZE. split:
-    "shortcut" quantizes the shortcut convolutions of skip concatenations half by half, "auto" those whose held-out
-    error that lowers by enough, "all" the blocks' main convolutions too. step_bits: bits of activations to choose from
-    by timestep, the format's own among them; () for these throughout. alpha: None tries several. recon: "auto" learns
-    the rounding of weights below 8 bits. gate: fold smoothing only where it lowers the held-out error (False is for
-    studies of the method itself). fit_size: pictures that corrections are fitted on, and as many others that smoothing
-    and step_bits are judged by; auto chooses on as many others.
+    weight or in bytes of all; "auto" spends SPARE_BITS beyond the least there are, "off" nothing. block_size: weights
+    of a 4-bit block, for w4a16 alone; None is BLOCK_SIZE. split: "shortcut" quantizes the shortcut convolutions of skip
+    concatenations half by half, "auto" those whose held-out error that lowers by enough, "all" the blocks' main
+    convolutions too. step_bits: bits of activations to choose from by timestep, the format's own among them; () for
+    these throughout. alpha: None tries several. recon: "auto" learns the rounding of weights below 8 bits. gate: fold
+    smoothing only where it lowers the held-out error (False is for studies of the method itself). fit_size: pictures
+    that corrections are fitted on, and as many others that smoothing and step_bits are judged by; auto chooses on as
+    many others.
     """
 
     checkpoint: Path
@@ -84,7 +87,7 @@ class ExportOptions:
     include: tuple[str, ...] = ()
     keep_float: float = 2.0
     first_token: str = "auto"
-    avg_bits: float | None = None
+    avg_bits: float | str = "auto"
     max_size: int | None = None
     block_size: int | None = None
     split: str = "auto"
@@ -178,8 +181,11 @@ class ExportOptions:
             )
 
     def _check_budget(self) -> None:
-        given = {"--avg-bits": self.avg_bits, "--max-size": self.max_size}
-        flags = [flag for flag, value in given.items() if value is not None]
+        average = self.avg_bits
+        if isinstance(average, str) and average not in AVERAGE_BITS:
+            raise UsageError(f"--avg-bits {average}: expected {', '.join(AVERAGE_BITS)} or a number.")
+        given = {"--avg-bits": not isinstance(average, str), "--max-size": self.max_size is not None}
+        flags = [flag for flag, there in given.items() if there]
         if len(flags) == 2:
             raise UsageError("--avg-bits and --max-size: two budgets for the same weights. Give one of them.")
         if flags and self.format not in MIXED_FORMATS:
@@ -187,8 +193,8 @@ class ExportOptions:
                 f"{flags[0]}: shares 4 and 8 bits out among the layers, which --format {self.format} does not. Choose "
                 f"one of {', '.join(MIXED_FORMATS)}, whose activations it keeps."
             )
-        if self.avg_bits is not None and not 4 <= self.avg_bits <= 16:
-            raise UsageError(f"--avg-bits {self.avg_bits:g}: expected 4 to 16, a float weight counting 16.")
+        if not isinstance(average, str) and not 4 <= average <= 16:
+            raise UsageError(f"--avg-bits {average:g}: expected 4 to 16, a float weight counting 16.")
         if self.max_size is not None and self.max_size < 1:
             raise UsageError(f"--max-size {self.max_size}: expected 1 byte or more.")
 

@@ -45,7 +45,9 @@ def _all(source: str, **values: Any) -> tuple[Setting, ...]:
     return tuple(Setting(option, value, source) for option, value in values.items())
 
 
-_EVERY_LAYER = _all("no layer is excepted for its error in any of the papers", keep_float=0.0, first_token="off")
+_EVERY_LAYER = _all(
+    "no layer is excepted for its error in any of the papers", keep_float=0.0, avg_bits="off", first_token="off"
+)
 _QDIFFUSION_ONLY = _all("Q-Diffusion neither smooths nor corrects the sampling loop", smooth="off", correction="off")
 _QDIFFUSION_APART = (
     "Steps of activations are learned in a second pass over the network there, when all weights are; here block by "

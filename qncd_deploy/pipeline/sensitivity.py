@@ -95,21 +95,22 @@ def weight_noise(
 def unmeasured(
     model: ir.Model, sites: Sequence[LayerSite], stats: Mapping[str, TensorStats], policy: Policy
 ) -> tuple[list[EdgeCost], dict[str, dict[int, float]]]:
-    """What stands in for both where no backward pass fits: error over power of the tensor or the weight itself, times
-    the share of the arithmetic behind it. Knows nothing of what the network does with the error.
+    """What stands in for both where no backward pass fits: error over power of the tensor or the weight itself. Knows
+    nothing of what the network does with the error: every layer counts alike, so that more bits go to small ones. (On
+    the demo, 4.25 bits a weight: output error 0.0048 without, 0.0018 so, 0.0046 where layers count by their arithmetic,
+    0.0011 as measured.)
     """
     macs = _macs(model, sites)
-    whole = sum(macs.values())
     edges, weights = [], {}
     for edge, layers in _by_edge(sites).items():
         behind = sum(macs[site.name] for site in layers)
         lost = stats_error(stats[edge], policy.act_grid(stats[edge])) / stats[edge].mean_square
-        edges.append(EdgeCost(edge, tuple(site.name for site in layers), lost * behind / whole, behind))
+        edges.append(EdgeCost(edge, tuple(site.name for site in layers), lost, behind))
     for site in sites:
         weight, grids = _rounded(model, site, policy)
         power = _power(weight) or 1.0
         lost_of = zip(WIDTHS, _errors(weight, grids), strict=True)
-        weights[site.name] = {width: _power(error) / power * macs[site.name] / whole for width, error in lost_of}
+        weights[site.name] = {width: _power(error) / power for width, error in lost_of}
     return edges, weights
 
 
