@@ -243,6 +243,7 @@ def test_a_budget_is_spent_where_none_is_given_and_leaves_alone_what_is_float_al
     assert 4 < average <= 4 + SPARE_BITS == found.budget.average
     with pytest.raises(PlanError, match=r"^--avg-bits 4.25: "):
         chosen(replace(options, avg_bits=4 + SPARE_BITS), kept)
-    assert chosen(replace(options, avg_bits="off"), kept) == Bits()
-    assert chosen(replace(options, format="w8a8"), kept) == Bits()
+    for spends_nothing in ({"avg_bits": "off"}, {"format": "w8a8"}):
+        bits = chosen(replace(options, **spends_nothing), kept)
+        assert bits.budget is None and not bits.exceptions
     assert chosen(replace(options, max_size=10**9), kept).budget.bytes == 10**9
