@@ -13,6 +13,7 @@ pytest.importorskip("onnxruntime")
 from test_runtime import write_bundle
 
 from qncd_deploy.correct.record import load_tables
+from qncd_deploy.engines.base import BACKENDS
 from qncd_deploy.engines.ort import OrtEngine
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.evaluate.contest import contests_of
@@ -141,7 +142,8 @@ def test_an_export_fits_the_correction_that_it_is_told_and_goes_on_if_it_may(
     options = ExportOptions(
         Path("model.ckpt"), name="net", calib_dir=tmp_path, correction="qdrift", fit_size=2, resume=resume
     )
-    found = export._fitted(bundle, options, Silent())
-    assert "onnxruntime-f32" in found and {fitted.choice for fitted in found.values()} == {"qdrift"}
+    engines = [backend for backend in BACKENDS.values() if backend.name == "onnxruntime"]
+    found = export._fitted(bundle, engines, options, Silent())
+    assert found.keys() == {"onnxruntime-f32"} and {fitted.choice for fitted in found.values()} == {"qdrift"}
     assert opened == [("net/fits-w8a8", resume)]  # its own, whatever other formats are exported meanwhile
     assert list((tmp_path / "net").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,10 +21,13 @@ from qncd_deploy.pipeline.progress import Tick
 
 
 class Bars:
-    """One line per stage: what it is, how far it is, time spent and time left."""
+    """One line per stage: what it is, how far it is, time spent and time left; notes, which need no terminal."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+
+    def note(self, text: str) -> None:
+        click.echo(text, err=True)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Tick]:

@@ -206,6 +206,12 @@ def row_macs(shape: Sequence[int], out_axis: int, output: ir.Value) -> int:
     return row_values(output) * math.prod(shape) // shape[out_axis]
 
 
+def macs_by_layer(model: ir.Model, sites: Iterable[LayerSite]) -> dict[str, int]:
+    """Multiplications per row of each."""
+    values = {out.name: out for node in model.graph for out in node.outputs}
+    return {site.name: row_macs(site.shape, site.out_axis, values[site.output]) for site in sites}
+
+
 def _is_one_token(flow: Flow, data: ir.Value) -> bool:
     """Sequences of length one: a product with a vector, which no integer kernel makes faster. (And attention to a
     single token does not depend on its key.)

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from qncd_deploy.engines.base import (
     make_engine_id,
 )
 from qncd_deploy.errors import BundleError, QncdError
+from qncd_deploy.export.graph import macs_by_layer
 from qncd_deploy.export.save import on_disk, save_siblings, spill
 from qncd_deploy.export.trace import trace_text_encoder
 from qncd_deploy.export.verify import FLOAT, verify
@@ -33,6 +34,7 @@ from qncd_deploy.models.load import artifact_name
 from qncd_deploy.pipeline.bits import check_budget
 from qncd_deploy.pipeline.calibrate import calibration_set
 from qncd_deploy.pipeline.fit import FitOptions, Fitted, fit, merge_into
+from qncd_deploy.pipeline.forecast import Pace, forecast
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.output_error import output_errors, spread_rows
@@ -51,6 +53,9 @@ DECODERS = {"decoder": "vae-decoder.onnx", "decoder-tile": "vae-decoder-tile.onn
 LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy", "scipy")
 ENTRANTS = 2
 """Methods that auto chooses among on the second CPU engine and those after it."""
+LARGE_MACS = 20e9
+"""Multiplications of a row, from which on a network takes a CPU seconds: the demo has 0.3e9, LDM-4 97e9, Stable
+Diffusion 340e9."""
 CHECKED_ROWS = 256
 """Calibration rows on which a network that cannot sample is compared with its float twin."""
 
@@ -95,7 +100,8 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
             write_page(folder, Bundle(folder, manifest), None, command=command)
             return Exported(Bundle(target, manifest), quantized, {}, None, (*network.notes, *quantized.notes))
         exact = options.correction == "off" or options.format == FLOAT_FORMAT
-        fitted = {} if exact else _fitted(Bundle(folder, manifest), options, progress)
+        engines = [] if exact else _fitted_engines(network)
+        fitted = _fitted(Bundle(folder, manifest), engines, options, progress)
         if fitted:
             merge_into(folder / "corrections.npz", list(fitted.values()))
             roles = {**manifest.roles, "corrections": "corrections.npz"}
@@ -106,7 +112,8 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         quality = {**manifest.quality, **contests, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
         write_page(folder, Bundle(folder, manifest), proof.comparison, command=command)
-    return Exported(Bundle(target, manifest), quantized, fitted, proof, (*network.notes, *quantized.notes))
+    notes = (*network.notes, *quantized.notes, *_unfitted_note(target, engines))
+    return Exported(Bundle(target, manifest), quantized, fitted, proof, notes)
 
 
 @contextmanager
@@ -152,7 +159,11 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
         return quantize_weights(network, options, progress)
     check_budget(network.sites, options, policy_of(options))
     with progress.stage("calibration") as tick, on_disk(network.model, scratch) as graph:
-        calib = calibration_set(network, options, graph, _name(options), tick)
+        pace = Pace(tick)
+        calib = calibration_set(network, options, graph, _name(options), pace)
+    fits = [] if options.correction == "off" else [_fit_options(options, each) for each in _fitted_engines(network)]
+    if (ahead := forecast(network, options, calib, fits, pace)) is not None:
+        progress.note(str(ahead))
     if options.rounds_activations:
         work = options.calib_dir / _name(options) / "rounding"
         quantized = quantize(network, calib, options, work, scratch, progress)
@@ -311,44 +322,64 @@ def _decision(name: str, smoothing: Smoothing) -> dict[str, Any]:
     }
 
 
-def _fitted_engines() -> list[Backend]:
-    """All CPU engines of this machine. Where exporting computes on a GPU, that alone: a network that asks for one takes
-    hours on a CPU, and engines that are built later are fitted then.
+def _fitted_engines(network: FloatNetwork) -> list[Backend]:
+    """All CPU engines of this machine, of a large network the one that exporting computes on. Where that is a GPU, that
+    alone: a network that asks for one takes hours on a CPU, and engines that are built later are fitted then.
     """
     computing = BACKENDS[computing_backend()]
-    if computing.device == "gpu":
+    if computing.device == "gpu" or sum(macs_by_layer(network.model, network.sites).values()) > LARGE_MACS:
         return [computing]
+    return _cpu_engines()
+
+
+def _cpu_engines() -> list[Backend]:
     cpu = (backend for backend in BACKENDS.values() if backend.device == "cpu" and backend.name != "torch")
     return [backend for backend in cpu if backend_status(backend).missing is None]
 
 
-def _fitted(bundle: Bundle, options: ExportOptions, progress: Progress) -> dict[str, Fitted]:
+def _unfitted_note(target: Path, engines: Sequence[Backend]) -> Iterator[str]:
+    """Engines of this machine that a large network got no corrections for."""
+    others = [backend.name for backend in _cpu_engines() if backend not in engines] if engines else []
+    if others:
+        yield (
+            f"Corrections are fitted for {engines[0].name} alone, the network being large. For {' and '.join(others)}: "
+            f"`qncd fit {target} --backend {others[0]}`."
+        )
+
+
+def _fitted(
+    bundle: Bundle, engines: Sequence[Backend], options: ExportOptions, progress: Progress
+) -> dict[str, Fitted]:
     """Tables by engine id. The first one's best methods are the others' entrants: which corrections suit a network
     depends little on who runs it, how large they must be does.
     """
     work = options.calib_dir / _name(options) / f"fits-{options.format}"
     with Recordings.open(work, bundle, resume=options.resume) as recordings:
-        return _fitted_on_cpus(bundle, options, recordings, progress)
+        return _fitted_in_turn(bundle, engines, options, recordings, progress)
 
 
-def _fitted_on_cpus(
-    bundle: Bundle, options: ExportOptions, recordings: Recordings, progress: Progress
+def _fitted_in_turn(
+    bundle: Bundle, engines: Sequence[Backend], options: ExportOptions, recordings: Recordings, progress: Progress
 ) -> dict[str, Fitted]:
     auto = options.correction == "auto"
     found: dict[str, Fitted] = {}
     shortlist: tuple[str, ...] | None = None
-    for backend in _fitted_engines():
-        fit_options = FitOptions(
-            backend.name,
-            shortlist=shortlist,
-            take=None if auto else options.correction,
-            objective=options.objective,
-            size=options.fit_size,
-            seed=options.seed,
-        )
+    for backend in engines:
+        fit_options = _fit_options(options, backend, shortlist)
         with progress.stage(f"corrections for {backend.name}") as tick:
             fitted = fit(bundle, fit_options, recordings, tick)
         if auto:
             shortlist = tuple(name for name in fitted.order(fitted.figures) if name in METHODS)[:ENTRANTS]
         found[make_engine_id(backend.name)] = fitted
     return found
+
+
+def _fit_options(options: ExportOptions, backend: Backend, shortlist: tuple[str, ...] | None = None) -> FitOptions:
+    return FitOptions(
+        backend.name,
+        shortlist=shortlist,
+        take=None if options.correction == "auto" else options.correction,
+        objective=options.objective,
+        size=options.fit_size,
+        seed=options.seed,
+    )

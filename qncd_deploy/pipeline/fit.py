@@ -86,6 +86,14 @@ class FitOptions:
         return (self.take,) if self.take is not None else self.methods or tuple(METHODS)
 
     @property
+    def sampled(self) -> float:
+        """Pictures that fitting and choosing run through a network from noise to the end, at most."""
+        methods = len(self.wanted)
+        fits = (2 + methods) * self.size
+        trials = (8 + methods / 2) * len(self.choice_pictures) + 3 * len(self.confirming_pictures)
+        return fits + (trials if self.take is None else 0)
+
+    @property
     def choice_pictures(self) -> range:
         return range(FIRST_CHOICE_PICTURE, FIRST_CHOICE_PICTURE + self.size)
 
@@ -215,10 +223,7 @@ class _Work:
     """Counts pictures run through a network for the progress bar; an upper bound of all there are."""
 
     def __init__(self, tick: Tick, options: FitOptions, *, calls: int) -> None:
-        methods = len(options.wanted)
-        fits = (2 + methods) * options.size
-        trials = (8 + methods / 2) * len(options.choice_pictures) + 3 * len(options.confirming_pictures)
-        self._total = round(calls * (fits + (trials if options.take is None else 0)))
+        self._total = round(calls * options.sampled)
         self._done = 0
         self._tick = tick
 

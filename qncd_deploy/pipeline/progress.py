@@ -15,6 +15,10 @@ class Progress(Protocol):
         """A stage of the work, from entering to leaving the block."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something to know while the work goes on."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -22,3 +26,6 @@ class Silent:
     @contextmanager
     def stage(self, title: str) -> Iterator[Tick]:
         yield lambda done, total: None
+
+    def note(self, text: str) -> None:
+        pass

@@ -15,7 +15,7 @@ from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.engines.base import open_engine, torch_backend
 from qncd_deploy.engines.torch_place import room, torch_device
 from qncd_deploy.engines.torch_ref import TorchEngine
-from qncd_deploy.export.graph import backward_bytes, row_macs
+from qncd_deploy.export.graph import backward_bytes, macs_by_layer
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.export.save import on_disk
 from qncd_deploy.pipeline.calibrate import as_fed, fixed_rows, in_batches
@@ -62,7 +62,7 @@ def edge_costs(
             if reached:
                 gradients = [gradient for _, gradient in reached]
                 noise[edge] += share * output_noise(reached[0][0], gradients, grids[edge], signal)
-    macs = _macs(model, sites)
+    macs = macs_by_layer(model, sites)
     return [
         EdgeCost(edge, tuple(site.name for site in layers), noise[edge], sum(macs[site.name] for site in layers))
         for edge, layers in readers.items()
@@ -100,7 +100,7 @@ def unmeasured(
     the demo, 4.25 bits a weight: output error 0.0048 without, 0.0018 so, 0.0046 where layers count by their arithmetic,
     0.0011 as measured.)
     """
-    macs = _macs(model, sites)
+    macs = macs_by_layer(model, sites)
     edges, weights = [], {}
     for edge, layers in _by_edge(sites).items():
         behind = sum(macs[site.name] for site in layers)
@@ -164,12 +164,6 @@ def _by_edge(sites: Sequence[LayerSite]) -> dict[str, list[LayerSite]]:
     for site in sites:
         readers.setdefault(site.input, []).append(site)
     return readers
-
-
-def _macs(model: ir.Model, sites: Sequence[LayerSite]) -> dict[str, int]:
-    """Multiplications per row, by layer."""
-    values = {out.name: out for node in model.graph for out in node.outputs}
-    return {site.name: row_macs(site.shape, site.out_axis, values[site.output]) for site in sites}
 
 
 def _power(x: np.ndarray) -> float:

@@ -22,7 +22,7 @@ from qncd_deploy.export.blocks import Block
 from qncd_deploy.export.passes.common import constant
 from qncd_deploy.quant.plan import LayerPlan, float32_text
 from qncd_deploy.quant.rounding import KINDS, Kind, LearnedStep, Rounding
-from qncd_deploy.reconstruct.preset import CHECKS, Preset
+from qncd_deploy.reconstruct.preset import CHECKS, PASSES, Preset
 from qncd_deploy.reconstruct.segment import Operands, Segment
 
 Rows = Callable[[np.ndarray], "tuple[dict[str, Tensor], Tensor]"]
@@ -144,7 +144,7 @@ def learn(
     """
     nearest, before = block.state(), _held_out_error(block, rows, held_out, preset.batch)
     pick = np.random.default_rng(seed)
-    affordable = preset.most_macs / (_PASSES * preset.batch * max(macs, 1))
+    affordable = preset.most_macs / (PASSES * preset.batch * max(macs, 1))
     iterations = max(1, int(min(preset.iterations, affordable)))
     best, least, stale, done = nearest, before, 0, 0
     for done in _weights(block, rows, train, preset, iterations, pick):
@@ -162,10 +162,6 @@ def learn(
     if not after < before:
         block.restore(nearest)
     return Outcome(before, after, done)
-
-
-_PASSES = 3
-"""A backward pass costs about two forward ones."""
 
 
 def _weights(

@@ -35,6 +35,14 @@ class Preset:
     patience: int = 0
     most_macs: float = float("inf")
 
+    @property
+    def passes(self) -> int:
+        """Rows that go through every block forward, or their like: a backward pass costs about two forward ones."""
+        return PASSES * self.batch * (self.iterations + self.steps_iterations)
+
+
+PASSES = 3
+"""Forward ones that learning on a row costs, the backward pass counting two."""
 
 CHECKS = 10
 """How often a preset with patience looks at the held-out error."""

@@ -1,0 +1,123 @@
+"""What a large network is said to take: the calls that are counted ahead are those that an export then makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="exporting needs torch")
+
+from qncd_deploy.engines.base import BaseEngine
+from qncd_deploy.engines.torch_ref import TorchEngine
+from qncd_deploy.pipeline import export, forecast
+from qncd_deploy.pipeline.forecast import Forecast, Pace
+from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.progress import Silent, Tick
+
+PICTURES, CALLS, RECORDED, FIT, EVAL = 4, 6, 3, 2, 3
+
+
+class Listener(Silent):
+    """Keeps notes, and how many rows went through the network in every stage."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        self.rows: Counter[str] = Counter()
+        self._title = ""
+        for owner, name in ((BaseEngine, "__call__"), (TorchEngine, "stream")):
+            patch.setattr(owner, name, self._counting(getattr(owner, name)))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Tick]:
+        self._title = title
+        yield lambda done, total: None
+
+    def _counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(engine: BaseEngine, feeds: Mapping[str, np.ndarray], *rest: Any) -> Any:
+            if "timestep" in feeds:  # neither a decoder nor a feature network
+                self.rows[self._title] += len(feeds["sample"])
+            return run(engine, feeds, *rest)
+
+        return counted
+
+
+def options_for(checkpoint: Path, folder: Path, **more: Any) -> ExportOptions:
+    return ExportOptions(
+        checkpoint,
+        calib_dir=folder / "calib",
+        onnx_dir=folder / "export",
+        n_steps=CALLS,
+        calib_size=PICTURES,
+        calib_steps=RECORDED,
+        fit_size=FIT,
+        eval_size=EVAL,
+        **more,
+    )
+
+
+def test_calls_are_counted_ahead(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Forecast] = []
+    monkeypatch.setattr(forecast, "WORTH_TELLING", 0.0)
+    whole = export.forecast
+    monkeypatch.setattr(export, "forecast", lambda *given: told.append(whole(*given)) or told[-1])
+    listener = Listener(monkeypatch)
+    export.export(options_for(checkpoint, tmp_path), listener, command="")
+    (ahead,) = told
+    made = listener.rows
+    assert ahead.rows["ranges"] == made["ranges"] == 2 * PICTURES * RECORDED
+    assert ahead.rows["rounding"] == 0
+    assert ahead.rows["proof"] == 2 * EVAL * 2 * CALLS  # of either network, the call doubled by guidance
+    assert made["proof"] in (ahead.rows["proof"], 1.5 * ahead.rows["proof"])  # a correction is shown beside none
+    for stage, titles in (
+        ("smoothing", ("smoothing", "smoothing, judged")),
+        ("corrections", [title for title in made if title.startswith("corrections for ")]),
+    ):
+        assert 0 < sum(made[title] for title in titles) <= ahead.rows[stage]
+    (note,) = listener.notes
+    assert note == str(ahead) and "corrections 1 min (--correction off saves it)" in note
+
+
+def test_what_is_soon_done_is_not_foretold(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener(monkeypatch)
+    monkeypatch.setattr(export, "LARGE_MACS", 0.0)  # corrections for one engine alone
+    plain = {"smooth": "off", "correction": "qdrift"}
+    done = export.export(options_for(checkpoint, tmp_path, **plain), listener, command="")
+    assert listener.notes == []
+    assert done.notes[-1].startswith("Corrections are fitted for ") and "`qncd fit " in done.notes[-1]
+    assert len(done.fitted) == 1 and sum(title.startswith("corrections for ") for title in listener.rows) == 1
+
+
+def test_the_first_call_and_those_made_before_are_left_out_of_the_pace() -> None:
+    times = iter([10.0, 12.0, 14.5])
+    told: list[tuple[int, int]] = []
+    pace = Pace(lambda done, total: told.append((done, total)), clock=lambda: next(times))
+    assert pace.seconds is None
+    pace(5, 20)  # four before an interruption, and one that pays for compiling
+    assert pace.seconds is None
+    pace(6, 20)
+    assert pace.seconds == 20 * 2.0
+    pace(7, 20)
+    assert pace.seconds == 20 * 4.5 / 2
+    assert told == [(5, 20), (6, 20), (7, 20)]
+
+
+def test_stages_are_shown_with_what_saves_them() -> None:
+    found = Forecast({"ranges": 100, "smoothing": 0, "rounding": 900, "corrections": 6000}, row_seconds=3.0)
+    assert found.seconds == 21_000
+    for words in (
+        "3 s a picture",
+        "up to 5.8 h follow",
+        "ranges 5 min, rounding 45 min (--recon off saves it)",
+        "5.0 h",
+    ):
+        assert words in str(found)
+    assert "smoothing" not in str(found)
