@@ -164,6 +164,13 @@ def data() -> ReportData:
         },
     }
     splitting = {"split": 1, "convolutions": {"up.conv_shortcut.weight": {"split": True, "error": [2e-3, 1e-3]}}}
+    bits = {
+        "budget": "--avg-bits 4.25",
+        "average": 4.2468,
+        "layers": {"W4": 120, "W8": 12},
+        "predicted_noise": 0.00114,
+        "predicted_noise_uniform": {"W4": 0.00481, "W8": 0.00061},
+    }
     manifest = Manifest(
         EVIL,
         "w8a8",
@@ -173,7 +180,7 @@ def data() -> ReportData:
         {},
         5,
         {"openvino": "2026.4.1"},
-        {"smoothing": smoothing, "splitting": splitting},
+        {"smoothing": smoothing, "splitting": splitting, "bits": bits},
         {"unet.onnx": FileFacts("ab" * 32, 1234567), "plan.json": FileFacts("cd" * 32, 512)},
     )
     layers = [
@@ -356,3 +363,12 @@ def test_a_network_that_cannot_sample_has_a_page_too() -> None:
 def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"nowhere/report\.html: cannot be written"):
         write_report(tmp_path / "nowhere" / "report.html", data())
+
+
+def test_a_budget_of_bits_is_accounted_for() -> None:
+    page = words(data())
+    for said in (
+        "Weights take 4.25 bits on average (--avg-bits 4.25): 120 W4, 12 W8 of those to choose from",
+        "predicted error of the output is 0.11 %, 0.48 % with all W4, 0.06 % with all W8.",
+    ):
+        assert said in page

@@ -134,6 +134,7 @@ def render(data: ReportData) -> str:
         layers=group_layers(data.layers),
         smoothing=data.manifest.quality.get("smoothing", {}),
         splitting=data.manifest.quality.get("splitting", {}),
+        bits=data.manifest.quality.get("bits", {}),
     )
 
 
