@@ -101,7 +101,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
             return Exported(Bundle(target, manifest), quantized, {}, None, (*network.notes, *quantized.notes))
         exact = options.correction == "off" or options.format == FLOAT_FORMAT
         engines = [] if exact else _fitted_engines(network)
-        fitted = _fitted(Bundle(folder, manifest), engines, options, progress)
+        fitted = _fitted(Bundle(folder, manifest), engines, options, progress) if engines else {}
         if fitted:
             merge_into(folder / "corrections.npz", list(fitted.values()))
             roles = {**manifest.roles, "corrections": "corrections.npz"}
