@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from qncd_deploy.pipeline.network import read_network
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.quantize import policy_of
 from qncd_deploy.quant.decide import decide
-from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.quant.plan import LayerSite, QuantPlan
 
 AVERAGE = 5.5
 
@@ -148,18 +149,28 @@ def test_what_is_no_size(text: str) -> None:
         Size().convert(text, None, None)
 
 
+def chooser(options: ExportOptions, scratch: Path) -> tuple[list[LayerSite], Callable[..., Bits]]:
+    """The layers to quantize, and choose_bits of any options and any layers that are float already, calibrated once."""
+    network, policy = read_network(options), policy_of(options)
+    calib = load_user_npz(options.calib_data, network.facts.inputs)
+    wanted = [site for site in network.sites if decide(site, policy)[0]]
+    with probing(network.model, scratch) as probe:
+        stats = observe(probe, calib.batches(8), [site.input for site in wanted])
+
+    def choose(options: ExportOptions, kept: Container[str] = ()) -> Bits:
+        return choose_bits(network.model, network, calib, stats, options, policy, scratch, kept=kept)
+
+    return wanted, choose
+
+
 def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_says_so(
     own: OwnGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration, max_size=500_000)
-    network, policy = read_network(options), policy_of(options)
-    calib = load_user_npz(own.calibration, network.facts.inputs)
-    edges = [site.input for site in network.sites if decide(site, policy)[0]]
-    with probing(network.model, tmp_path) as probe:
-        stats = observe(probe, calib.batches(8), edges)
+    _, choose = chooser(options, tmp_path)
     monkeypatch.setattr("qncd_deploy.pipeline.sensitivity.MEMORY_BYTES", 1)
     with caplog.at_level("INFO"):
-        found = choose_bits(network.model, network, calib, stats, options, policy, tmp_path).to_json()
+        found = choose(options).to_json()
     assert not found["measured"] and found["packed_bytes"] <= 500_000 and found["layers"]["W8"] > 0
     assert "too large for a backward pass" in bits_line(found)
     assert "--max-size 500000 is spent by relative weight error" in caplog.text
@@ -167,22 +178,16 @@ def test_a_network_too_large_for_a_backward_pass_is_judged_by_its_weights_and_sa
 
 def test_layers_that_stay_float_for_their_first_token_count_in_the_budget(own: OwnGraph, tmp_path: Path) -> None:
     options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration, avg_bits=8)
-    network, policy = read_network(options), policy_of(options)
-    calib = load_user_npz(own.calibration, network.facts.inputs)
-    wanted = [site for site in network.sites if decide(site, policy)[0]]
-    with probing(network.model, tmp_path) as probe:
-        stats = observe(probe, calib.batches(8), [site.input for site in wanted])
+    wanted, choose = chooser(options, tmp_path)
     kept = {max(wanted, key=lambda site: math.prod(site.shape)).name}
-    found = choose_bits(network.model, network, calib, stats, options, policy, tmp_path, kept=kept).assignment
+    found = choose(options, kept).assignment
     assert found.choices.keys() == {site.name for site in wanted} - kept
     bits = {site.name: 16 if site.name in kept else found.choices[site.name].weight_bits or 16 for site in wanted}
     sizes = {site.name: math.prod(site.shape) for site in wanted}
     assert found.average == pytest.approx(sum(sizes[n] * bits[n] for n in bits) / sum(sizes.values()))
     assert found.average <= 8
     everything = {site.name for site in wanted}
-    assert (
-        choose_bits(network.model, network, calib, stats, options, policy, tmp_path, kept=everything).assignment is None
-    )
+    assert choose(options, everything).assignment is None
 
 
 @pytest.mark.parametrize(
@@ -222,15 +227,7 @@ def test_a_budget_is_spent_where_none_is_given_and_leaves_alone_what_is_float_al
     own: OwnGraph, tmp_path: Path
 ) -> None:
     options = ExportOptions(own.graph, format="w4a8", calib_data=own.calibration, keep_float=0.0)
-    network, policy = read_network(options), policy_of(options)
-    calib = load_user_npz(own.calibration, network.facts.inputs)
-    wanted = [site for site in network.sites if decide(site, policy)[0]]
-    with probing(network.model, tmp_path) as probe:
-        stats = observe(probe, calib.batches(8), [site.input for site in wanted])
-
-    def chosen(options: ExportOptions, kept: set[str]) -> Bits:
-        return choose_bits(network.model, network, calib, stats, options, policy, tmp_path, kept=kept)
-
+    wanted, chosen = chooser(options, tmp_path)
     # so much in float that 4.25 bits on average could not be met, were it to count
     largest = sorted(wanted, key=lambda site: -math.prod(site.shape))
     kept = {site.name for site in largest[: len(wanted) // 2]}
