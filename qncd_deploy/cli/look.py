@@ -291,7 +291,7 @@ def doctor_command(as_json: bool) -> None:
 
 
 _FORMATS = {
-    "w4a8 w4a6 w4a4": "run where w8a8 does, as fast and in as many bytes: 4-bit levels in 8-bit integers",
+    "w4a8 w4a6 w4a4": "run where w8a8 does, as fast and in as many bytes: mostly 4-bit levels in 8-bit integers",
     "w4a16": "runs everywhere, in float arithmetic; weights of Linears stay packed in 4 bits in openvino, onnxruntime "
     "and tensorrt-rtx",
 }
