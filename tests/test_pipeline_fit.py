@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(bundle: Bundle, tmp_path: Path
 def test_an_export_fits_the_correction_that_it_is_told_and_goes_on_if_it_may(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
-    export = pytest.importorskip("qncd_deploy.pipeline.export", reason="exporting needs torch")
+    fits = pytest.importorskip("qncd_deploy.pipeline.fits", reason="exporting needs torch")
     from qncd_deploy.pipeline.options import ExportOptions
     from qncd_deploy.pipeline.progress import Silent
 
@@ -143,7 +143,7 @@ def test_an_export_fits_the_correction_that_it_is_told_and_goes_on_if_it_may(
         Path("model.ckpt"), name="net", calib_dir=tmp_path, correction="qdrift", fit_size=2, resume=resume
     )
     engines = [backend for backend in BACKENDS.values() if backend.name == "onnxruntime"]
-    found = export._fitted(bundle, engines, options, Silent())
+    found = fits.fit_engines(bundle, engines, options, tmp_path / "net/fits-w8a8", Silent())
     assert found.keys() == {"onnxruntime-f32"} and {fitted.choice for fitted in found.values()} == {"qdrift"}
     assert opened == [("net/fits-w8a8", resume)]  # its own, whatever other formats are exported meanwhile
     assert list((tmp_path / "net").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ pytest.importorskip("torch", reason="exporting needs torch")
 
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.torch_ref import TorchEngine
-from qncd_deploy.pipeline import export, forecast
-from qncd_deploy.pipeline.forecast import Forecast, Pace
+from qncd_deploy.pipeline import export, fits, forecast
+from qncd_deploy.pipeline.forecast import FORMS, Forecast, Pace
 from qncd_deploy.pipeline.options import ExportOptions
 from qncd_deploy.pipeline.progress import Silent, Tick
 
-PICTURES, CALLS, RECORDED, FIT, EVAL = 4, 6, 3, 2, 3
+PICTURES, CALLS, RECORDED, FIT, EVAL = 4, 4, 2, 2, 3
 
 
 class Listener(Silent):
@@ -66,34 +67,33 @@ def options_for(checkpoint: Path, folder: Path, **more: Any) -> ExportOptions:
 
 def test_calls_are_counted_ahead(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Forecast] = []
-    monkeypatch.setattr(forecast, "WORTH_TELLING", 0.0)
-    whole = export.forecast
-    monkeypatch.setattr(export, "forecast", lambda *given: told.append(whole(*given)) or told[-1])
+    smoothed: list[Forecast] = []
+
+    def telling(*given: Any) -> Forecast | None:
+        assert forecast.forecast(*given) is None  # what is soon done
+        monkeypatch.setattr(forecast, "WORTH_TELLING", 0.0)
+        told.append(forecast.forecast(*given))
+        network, options, *rest = given
+        smoothed.append(forecast.forecast(network, replace(options, smooth="qncd"), *rest))
+        return told[-1]
+
+    monkeypatch.setattr(export, "forecast", telling)
+    monkeypatch.setattr(fits, "LARGE_MACS", 0.0)  # so that one engine alone gets a correction
     listener = Listener(monkeypatch)
-    export.export(options_for(checkpoint, tmp_path), listener, command="")
+    options = options_for(checkpoint, tmp_path, correction="qdrift", smooth="off", keep_float=0.0)
+    done = export.export(options, listener, command="")
     (ahead,) = told
     made = listener.rows
     assert ahead.rows["ranges"] == made["ranges"] == 2 * PICTURES * RECORDED
-    assert ahead.rows["rounding"] == 0
-    assert ahead.rows["proof"] == 2 * EVAL * 2 * CALLS  # of either network, the call doubled by guidance
-    assert made["proof"] in (ahead.rows["proof"], 1.5 * ahead.rows["proof"])  # a correction is shown beside none
-    for stage, titles in (
-        ("smoothing", ("smoothing", "smoothing, judged")),
-        ("corrections", [title for title in made if title.startswith("corrections for ")]),
-    ):
-        assert 0 < sum(made[title] for title in titles) <= ahead.rows[stage]
-    (note,) = listener.notes
-    assert note == str(ahead) and "corrections 1 min (--correction off saves it)" in note
-
-
-def test_what_is_soon_done_is_not_foretold(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listener = Listener(monkeypatch)
-    monkeypatch.setattr(export, "LARGE_MACS", 0.0)  # corrections for one engine alone
-    plain = {"smooth": "off", "correction": "qdrift"}
-    done = export.export(options_for(checkpoint, tmp_path, **plain), listener, command="")
-    assert listener.notes == []
+    assert ahead.rows["rounding"] == ahead.rows["smoothing"] == 0
+    assert ahead.rows["proof"] == made["proof"] == 5 * EVAL * 2 * CALLS  # guidance doubles a call
+    (fitted,) = (title for title in made if title.startswith("corrections for "))
+    assert 0 < made[fitted] <= ahead.rows["corrections"] == 3 * FIT * 2 * CALLS
+    # every form on rows that nothing is fitted on, half of them, and on pictures; the samples before that
+    judged = FORMS * (PICTURES * RECORDED + FIT * 2 * CALLS)
+    assert smoothed[0].rows["smoothing"] == 2 * PICTURES * RECORDED + judged
+    assert listener.notes == [str(ahead)]
     assert done.notes[-1].startswith("Corrections are fitted for ") and "`qncd fit " in done.notes[-1]
-    assert len(done.fitted) == 1 and sum(title.startswith("corrections for ") for title in listener.rows) == 1
 
 
 def test_the_first_call_and_those_made_before_are_left_out_of_the_pace() -> None:

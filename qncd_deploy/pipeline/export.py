@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,16 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qncd_deploy.bundle import MANIFEST, Manifest, TextFacts, check_files, read_manifest, write_manifest
-from qncd_deploy.correct.methods import METHODS
-from qncd_deploy.engines.base import (
-    BACKENDS,
-    Backend,
-    backend_status,
-    computing_backend,
-    make_engine_id,
-)
 from qncd_deploy.errors import BundleError, QncdError
-from qncd_deploy.export.graph import macs_by_layer
 from qncd_deploy.export.save import on_disk, save_siblings, spill
 from qncd_deploy.export.trace import trace_text_encoder
 from qncd_deploy.export.verify import FLOAT, verify
@@ -33,7 +24,8 @@ from qncd_deploy.files import atomic_directory, save_npz, sha256_file
 from qncd_deploy.models.load import artifact_name
 from qncd_deploy.pipeline.bits import check_budget
 from qncd_deploy.pipeline.calibrate import calibration_set
-from qncd_deploy.pipeline.fit import FitOptions, Fitted, fit, merge_into
+from qncd_deploy.pipeline.fit import Fitted, merge_into
+from qncd_deploy.pipeline.fits import engines_to_fit, fit_engines, options_of, unfitted_note
 from qncd_deploy.pipeline.forecast import Pace, forecast
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
@@ -41,7 +33,6 @@ from qncd_deploy.pipeline.output_error import output_errors, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
 from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, quantize_weights
-from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.pipeline.smoothing import Smoothing
 from qncd_deploy.prompts import write_prompts
 from qncd_deploy.quant.policy import FLOAT_FORMAT
@@ -51,11 +42,6 @@ GRAPHS = {"master": "unet.onnx", "trt": "unet-trt.onnx", "ort": "unet-ort.onnx",
 PROMPT_FILES = {"prompts": "prompts.txt", "prompt-embedding": "prompt-embedding.npz"}
 DECODERS = {"decoder": "vae-decoder.onnx", "decoder-tile": "vae-decoder-tile.onnx"}
 LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy", "scipy")
-ENTRANTS = 2
-"""Methods that auto chooses among on the second CPU engine and those after it."""
-LARGE_MACS = 20e9
-"""Multiplications of a row, from which on a network takes a CPU seconds: the demo has 0.3e9, LDM-4 97e9, Stable
-Diffusion 340e9."""
 CHECKED_ROWS = 256
 """Calibration rows on which a network that cannot sample is compared with its float twin."""
 
@@ -99,9 +85,9 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         if network.schedule is None:
             write_page(folder, Bundle(folder, manifest), None, command=command)
             return Exported(Bundle(target, manifest), quantized, {}, None, (*network.notes, *quantized.notes))
-        exact = options.correction == "off" or options.format == FLOAT_FORMAT
-        engines = [] if exact else _fitted_engines(network)
-        fitted = _fitted(Bundle(folder, manifest), engines, options, progress) if engines else {}
+        engines = engines_to_fit(network, options)
+        work = options.calib_dir / _name(options) / f"fits-{options.format}"
+        fitted = fit_engines(Bundle(folder, manifest), engines, options, work, progress)
         if fitted:
             merge_into(folder / "corrections.npz", list(fitted.values()))
             roles = {**manifest.roles, "corrections": "corrections.npz"}
@@ -112,7 +98,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         quality = {**manifest.quality, **contests, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
         write_page(folder, Bundle(folder, manifest), proof.comparison, command=command)
-    notes = (*network.notes, *quantized.notes, *_unfitted_note(target, engines))
+    notes = (*network.notes, *quantized.notes, *unfitted_note(target, engines))
     return Exported(Bundle(target, manifest), quantized, fitted, proof, notes)
 
 
@@ -161,7 +147,7 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     with progress.stage("calibration") as tick, on_disk(network.model, scratch) as graph:
         pace = Pace(tick)
         calib = calibration_set(network, options, graph, _name(options), pace)
-    fits = [] if options.correction == "off" else [_fit_options(options, each) for each in _fitted_engines(network)]
+    fits = [options_of(options, backend) for backend in engines_to_fit(network, options)]
     if (ahead := forecast(network, options, calib, fits, pace)) is not None:
         progress.note(str(ahead))
     if options.rounds_activations:
@@ -320,66 +306,3 @@ def _decision(name: str, smoothing: Smoothing) -> dict[str, Any]:
         "folded": name in smoothing.folded,
         "block_error": [decision.error_before, decision.error_after],
     }
-
-
-def _fitted_engines(network: FloatNetwork) -> list[Backend]:
-    """All CPU engines of this machine, of a large network the one that exporting computes on. Where that is a GPU, that
-    alone: a network that asks for one takes hours on a CPU, and engines that are built later are fitted then.
-    """
-    computing = BACKENDS[computing_backend()]
-    if computing.device == "gpu" or sum(macs_by_layer(network.model, network.sites).values()) > LARGE_MACS:
-        return [computing]
-    return _cpu_engines()
-
-
-def _cpu_engines() -> list[Backend]:
-    cpu = (backend for backend in BACKENDS.values() if backend.device == "cpu" and backend.name != "torch")
-    return [backend for backend in cpu if backend_status(backend).missing is None]
-
-
-def _unfitted_note(target: Path, engines: Sequence[Backend]) -> Iterator[str]:
-    """Engines of this machine that a large network got no corrections for."""
-    others = [backend.name for backend in _cpu_engines() if backend not in engines] if engines else []
-    if others:
-        yield (
-            f"Corrections are fitted for {engines[0].name} alone, the network being large. For {' and '.join(others)}: "
-            f"`qncd fit {target} --backend {others[0]}`."
-        )
-
-
-def _fitted(
-    bundle: Bundle, engines: Sequence[Backend], options: ExportOptions, progress: Progress
-) -> dict[str, Fitted]:
-    """Tables by engine id. The first one's best methods are the others' entrants: which corrections suit a network
-    depends little on who runs it, how large they must be does.
-    """
-    work = options.calib_dir / _name(options) / f"fits-{options.format}"
-    with Recordings.open(work, bundle, resume=options.resume) as recordings:
-        return _fitted_in_turn(bundle, engines, options, recordings, progress)
-
-
-def _fitted_in_turn(
-    bundle: Bundle, engines: Sequence[Backend], options: ExportOptions, recordings: Recordings, progress: Progress
-) -> dict[str, Fitted]:
-    auto = options.correction == "auto"
-    found: dict[str, Fitted] = {}
-    shortlist: tuple[str, ...] | None = None
-    for backend in engines:
-        fit_options = _fit_options(options, backend, shortlist)
-        with progress.stage(f"corrections for {backend.name}") as tick:
-            fitted = fit(bundle, fit_options, recordings, tick)
-        if auto:
-            shortlist = tuple(name for name in fitted.order(fitted.figures) if name in METHODS)[:ENTRANTS]
-        found[make_engine_id(backend.name)] = fitted
-    return found
-
-
-def _fit_options(options: ExportOptions, backend: Backend, shortlist: tuple[str, ...] | None = None) -> FitOptions:
-    return FitOptions(
-        backend.name,
-        shortlist=shortlist,
-        take=None if options.correction == "auto" else options.correction,
-        objective=options.objective,
-        size=options.fit_size,
-        seed=options.seed,
-    )

@@ -95,7 +95,8 @@ def forecast(
         "smoothing": 0 if options.smooth == "off" else len(calib) + judged,
         "rounding": 0 if options.preset is None else 2 * len(calib) + _learned(network, options.preset),
         "corrections": picture * sum(each.sampled for each in fits),
-        "proof": picture * 2 * options.eval_size,
+        # the float twin, and what is shown beside it, whose output is measured on the twin's trajectory too
+        "proof": picture * options.eval_size * (5 if fits else 3),
     }
     found = Forecast(rows, pace.seconds / (picture * options.calib_pictures))
     return found if found.seconds >= WORTH_TELLING else None
