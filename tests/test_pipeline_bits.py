@@ -26,11 +26,11 @@ from qncd_deploy.calib.observe import observe
 from qncd_deploy.calib.trajectories import load_user_npz
 from qncd_deploy.cli.options import Size, bits_line
 from qncd_deploy.errors import PlanError, UsageError
-from qncd_deploy.pipeline.bits import SPARE_BITS, Bits, choose_bits
+from qncd_deploy.pipeline.bits import Bits, choose_bits
 from qncd_deploy.pipeline.calibrate import probing
 from qncd_deploy.pipeline.dry_run import dry_run
 from qncd_deploy.pipeline.network import read_network
-from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.options import SPARE_BITS, ExportOptions
 from qncd_deploy.pipeline.quantize import policy_of
 from qncd_deploy.quant.decide import decide
 from qncd_deploy.quant.plan import LayerSite, QuantPlan

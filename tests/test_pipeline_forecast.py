@@ -18,7 +18,7 @@ from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.pipeline import export, fits, forecast
 from qncd_deploy.pipeline.forecast import FORMS, Forecast, Pace
-from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.options import LEAST_PICTURES, ExportOptions
 from qncd_deploy.pipeline.progress import Silent, Tick
 
 PICTURES, CALLS, RECORDED, FIT, EVAL = 4, 4, 2, 2, 3
@@ -74,6 +74,12 @@ def test_calls_are_counted_ahead(checkpoint: Path, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(forecast, "WORTH_TELLING", 0.0)
         told.append(forecast.forecast(*given))
         network, options, *rest = given
+        undecided = replace(options, correction="auto", fit_size=LEAST_PICTURES - 1)
+        assert fits.engines_to_fit(network, undecided) == []
+        (note,) = fits.unfitted_note(tmp_path, [], undecided)
+        assert note.startswith("No correction was tried: --fit-size 3 is too few")
+        enough = replace(undecided, fit_size=LEAST_PICTURES)
+        assert len(fits.engines_to_fit(network, enough)) == 1 and not [*fits.unfitted_note(tmp_path, [], enough)]
         smoothed.append(forecast.forecast(network, replace(options, smooth="qncd"), *rest))
         return told[-1]
 

@@ -16,7 +16,6 @@ from qncd_deploy.cli.progress import Bars
 from qncd_deploy.errors import BackendMissing
 from qncd_deploy.evaluate.contest import OBJECTIVES
 from qncd_deploy.models.hub import fetch_from_hub, hub_name
-from qncd_deploy.pipeline.bits import SPARE_BITS
 from qncd_deploy.pipeline.options import (
     ASYMMETRIC,
     AVERAGE_BITS,
@@ -25,14 +24,15 @@ from qncd_deploy.pipeline.options import (
     FIRST_TOKEN,
     FORMATS,
     LEARNING_PICTURES,
+    LEAST_PICTURES,
     RANGES_PICTURES,
     RECONSTRUCTION,
     SMOOTHING,
+    SPARE_BITS,
     SPLITTING,
     ExportOptions,
 )
 from qncd_deploy.pipeline.recipes import RECIPES
-from qncd_deploy.quant.mixed import WIDTHS
 from qncd_deploy.quant.policy import BLOCK_SIZE, BLOCK_SIZES, WEIGHT_METHODS
 from qncd_deploy.schedule import SCHEDULERS, SPACINGS
 
@@ -170,7 +170,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     default=DEFAULTS.avg_bits,
     help="Budget of a w4 format: 4 or 8 bits or float for each layer's weights, so that they take this many on average "
     "(float counts 16) and the output suffers least, as predicted from one backward pass. auto: "
-    f"{WIDTHS[0] + SPARE_BITS:g}; off: {WIDTHS[0]} everywhere but where --keep-float says float. Activations keep the "
+    f"{4 + SPARE_BITS:g}; off: 4 everywhere but where --keep-float says float. Activations keep the "
     "format's bits.",
 )
 @click.option(
@@ -227,7 +227,7 @@ QUANT_LEVELS = {"1": 1, "2": 2, "2.5": 2.5, "3": 3}
     type=int,
     default=DEFAULTS.fit_size,
     help="Pictures to fit corrections on, and others to judge smoothing and --step-bits by; --correction auto chooses "
-    "on as many again, and confirms on twice as many.",
+    f"on as many again, {LEAST_PICTURES} or more, and confirms on twice as many.",
 )
 @click.option("--eval-size", type=int, default=DEFAULTS.eval_size, help="Pictures that the figures are measured on.")
 @click.option("--seed", type=int, default=DEFAULTS.seed, help="Of calibration, fits and figures.")

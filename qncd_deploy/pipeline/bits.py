@@ -15,7 +15,7 @@ from qncd_deploy.calib.trajectories import CalibSet
 from qncd_deploy.errors import PlanError
 from qncd_deploy.export.graph import find_sites
 from qncd_deploy.pipeline.network import FloatNetwork
-from qncd_deploy.pipeline.options import MIXED_FORMATS, ExportOptions
+from qncd_deploy.pipeline.options import MIXED_FORMATS, SPARE_BITS, ExportOptions
 from qncd_deploy.pipeline.sensitivity import edge_costs, unmeasured, weight_noise
 from qncd_deploy.quant.budget import EdgeCost, keep_float
 from qncd_deploy.quant.decide import decide, is_included
@@ -42,11 +42,6 @@ class Bits:
         if self.assignment is None:
             return None
         return {"budget": str(self.budget), "measured": self.measured, **self.assignment.to_json()}
-
-
-SPARE_BITS = 0.25
-"""What a weight may take on average beyond the fewest bits where no budget is given: as much as the 16-bit scales of
-w4a16's blocks of 64. (Pictures of the demo at W4A8: 40.3 dB without, 43.2 with 0.1, 45.0 with 0.25.)"""
 
 
 def budget_of(options: ExportOptions) -> BitBudget | None:

@@ -98,7 +98,7 @@ def export(options: ExportOptions, progress: Progress, *, command: str) -> Expor
         quality = {**manifest.quality, **contests, **proof.quality}
         manifest = write_manifest(folder, replace(manifest, quality=quality))
         write_page(folder, Bundle(folder, manifest), proof.comparison, command=command)
-    notes = (*network.notes, *quantized.notes, *unfitted_note(target, engines))
+    notes = (*network.notes, *quantized.notes, *unfitted_note(target, engines, options))
     return Exported(Bundle(target, manifest), quantized, fitted, proof, notes)
 
 

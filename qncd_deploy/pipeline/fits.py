@@ -10,7 +10,7 @@ from qncd_deploy.engines.base import BACKENDS, Backend, backend_status, computin
 from qncd_deploy.export.graph import macs_by_layer
 from qncd_deploy.pipeline.fit import FitOptions, Fitted, fit
 from qncd_deploy.pipeline.network import FloatNetwork
-from qncd_deploy.pipeline.options import ExportOptions
+from qncd_deploy.pipeline.options import LEAST_PICTURES, ExportOptions
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.recordings import Recordings
 from qncd_deploy.quant.policy import FLOAT_FORMAT
@@ -30,10 +30,16 @@ def engines_to_fit(network: FloatNetwork, options: ExportOptions) -> list[Backen
     """
     if options.correction == "off" or options.format == FLOAT_FORMAT or network.schedule is None:
         return []
+    if _too_few(options):
+        return []
     computing = BACKENDS[computing_backend()]
     if computing.device == "gpu" or sum(macs_by_layer(network.model, network.sites).values()) > LARGE_MACS:
         return [computing]
     return _cpu_engines()
+
+
+def _too_few(options: ExportOptions) -> bool:
+    return options.correction == "auto" and options.fit_size < LEAST_PICTURES
 
 
 def _cpu_engines() -> list[Backend]:
@@ -41,8 +47,13 @@ def _cpu_engines() -> list[Backend]:
     return [backend for backend in cpu if backend_status(backend).missing is None]
 
 
-def unfitted_note(bundle: Path, engines: Sequence[Backend]) -> Iterator[str]:
-    """What to say of engines of this machine that got no corrections, if others did."""
+def unfitted_note(bundle: Path, engines: Sequence[Backend], options: ExportOptions) -> Iterator[str]:
+    """What to say of engines of this machine that got no corrections, if others did, or of none having got any."""
+    if _too_few(options) and options.format != FLOAT_FORMAT:
+        yield (
+            f"No correction was tried: --fit-size {options.fit_size} is too few pictures to choose one by, "
+            f"{LEAST_PICTURES} are the least."
+        )
     others = [backend.name for backend in _cpu_engines() if backend not in engines] if engines else []
     if others:
         yield (
