@@ -16,8 +16,8 @@ pytest.importorskip("torch", reason="exporting needs torch")
 
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.torch_ref import TorchEngine
-from qncd_deploy.pipeline import export, fits, forecast
-from qncd_deploy.pipeline.forecast import FORMS, Forecast, Pace
+from qncd_deploy.pipeline import export, fits, forecast, network
+from qncd_deploy.pipeline.forecast import LARGE_FORMS, Forecast, Pace
 from qncd_deploy.pipeline.options import LEAST_PICTURES, ExportOptions
 from qncd_deploy.pipeline.progress import Silent, Tick
 
@@ -73,18 +73,18 @@ def test_calls_are_counted_ahead(checkpoint: Path, tmp_path: Path, monkeypatch: 
         assert forecast.forecast(*given) is None  # what is soon done
         monkeypatch.setattr(forecast, "WORTH_TELLING", 0.0)
         told.append(forecast.forecast(*given))
-        network, options, *rest = given
+        twin, options, *rest = given
         undecided = replace(options, correction="auto", fit_size=LEAST_PICTURES - 1)
-        assert fits.engines_to_fit(network, undecided) == []
+        assert fits.engines_to_fit(twin, undecided) == []
         (note,) = fits.unfitted_note(tmp_path, [], undecided)
         assert note.startswith("No correction was tried: --fit-size 3 is too few")
         enough = replace(undecided, fit_size=LEAST_PICTURES)
-        assert len(fits.engines_to_fit(network, enough)) == 1 and not [*fits.unfitted_note(tmp_path, [], enough)]
-        smoothed.append(forecast.forecast(network, replace(options, smooth="qncd"), *rest))
+        assert len(fits.engines_to_fit(twin, enough)) == 1 and not [*fits.unfitted_note(tmp_path, [], enough)]
+        smoothed.append(forecast.forecast(twin, replace(options, smooth="qncd"), *rest))
         return told[-1]
 
     monkeypatch.setattr(export, "forecast", telling)
-    monkeypatch.setattr(fits, "LARGE_MACS", 0.0)  # so that one engine alone gets a correction
+    monkeypatch.setattr(network, "LARGE_MACS", 0.0)  # so that one engine alone gets a correction
     listener = Listener(monkeypatch)
     options = options_for(checkpoint, tmp_path, correction="qdrift", smooth="off", keep_float=0.0)
     done = export.export(options, listener, command="")
@@ -96,7 +96,7 @@ def test_calls_are_counted_ahead(checkpoint: Path, tmp_path: Path, monkeypatch: 
     (fitted,) = (title for title in made if title.startswith("corrections for "))
     assert 0 < made[fitted] <= ahead.rows["corrections"] == 3 * FIT * 2 * CALLS
     # every form on rows that nothing is fitted on, half of them, and on pictures; the samples before that
-    judged = FORMS * (PICTURES * RECORDED + FIT * 2 * CALLS)
+    judged = LARGE_FORMS * (PICTURES * RECORDED + FIT * 2 * CALLS)
     assert smoothed[0].rows["smoothing"] == 2 * PICTURES * RECORDED + judged
     assert listener.notes == [str(ahead)]
     assert done.notes[-1].startswith("Corrections are fitted for ") and "`qncd fit " in done.notes[-1]

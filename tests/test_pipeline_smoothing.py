@@ -198,6 +198,7 @@ def test_blocks_and_linears_are_alternatives() -> None:
     found = Smoothing({"b": decision("b")}, {"q": decision("q", "k")}, ("b", "q"))
     assert [each.folded for each in found.alternatives()] == [(), ("b",), ("q",), ("b", "q")]
     assert [each.folded for each in replace(found, folded=("q",)).alternatives()] == [(), ("q",)]
+    assert [each.folded for each in found.alternatives(apart=False)] == [(), ("b", "q")]
     assert [each.folded for each in replace(found, folded=()).alternatives()] == [()]
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.engines.base import BACKENDS, Backend, backend_status, computing_backend, make_engine_id
-from qncd_deploy.export.graph import macs_by_layer
 from qncd_deploy.pipeline.fit import FitOptions, Fitted, fit
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import LEAST_PICTURES, ExportOptions
@@ -19,10 +18,6 @@ from qncd_deploy.runtime import Bundle
 ENTRANTS = 2
 """Methods that auto chooses among on the second CPU engine and those after it."""
 
-LARGE_MACS = 20e9
-"""Multiplications of a row, from which on a network takes a CPU seconds: the demo has 0.3e9, LDM-4 97e9, Stable
-Diffusion 340e9."""
-
 
 def engines_to_fit(network: FloatNetwork, options: ExportOptions) -> list[Backend]:
     """All CPU engines of this machine, of a large network the one that exporting computes on. Where that is a GPU, that
@@ -33,7 +28,7 @@ def engines_to_fit(network: FloatNetwork, options: ExportOptions) -> list[Backen
     if _too_few(options):
         return []
     computing = BACKENDS[computing_backend()]
-    if computing.device == "gpu" or sum(macs_by_layer(network.model, network.sites).values()) > LARGE_MACS:
+    if computing.device == "gpu" or network.is_large:
         return [computing]
     return _cpu_engines()
 

@@ -15,7 +15,7 @@ import yaml
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.engines.decoder import tile_shape
 from qncd_deploy.errors import CheckpointError, ExportError, UsageError, first_line
-from qncd_deploy.export.graph import Inputs, find_inputs, find_sites
+from qncd_deploy.export.graph import Inputs, find_inputs, find_sites, macs_by_layer
 from qncd_deploy.export.passes.normalise import normalise
 from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace, trace_decoder
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 GUIDANCE = 1.5
 TEXT_GUIDANCE = 7.5
 """The default scales where there is a null class to guide away from, and where prompts are guided."""
+
+LARGE_MACS = 20e9
+"""Multiplications of a row: the demo has 0.3e9, LDM-4 97e9, Stable Diffusion 340e9."""
 
 FEW_STEPS = 4
 """What models distilled to few steps are published with (SDXL-Turbo: Sauer et al., arXiv:2311.17042)."""
@@ -65,6 +68,11 @@ class FloatNetwork:
     encoders: tuple[TextEncoder, ...] = ()
     companions: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_large(self) -> bool:
+        """A network of which a CPU takes seconds a row, so that what runs it many times is kept short there."""
+        return sum(macs_by_layer(self.model, self.sites).values()) > LARGE_MACS
 
     @property
     def sampler(self) -> SamplerConfig:

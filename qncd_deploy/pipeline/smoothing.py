@@ -62,8 +62,10 @@ class Smoothing:
     def none(cls) -> Smoothing:
         return cls({}, {}, ())
 
-    def alternatives(self) -> tuple[Smoothing, ...]:
-        """What to choose from, without repetition: nothing folded, blocks alone, Linears alone, all."""
+    def alternatives(self, *, apart: bool = True) -> tuple[Smoothing, ...]:
+        """What to choose from, without repetition: nothing folded; if apart, blocks alone and Linears alone; all."""
+        if not apart:
+            return tuple(replace(self, folded=folded) for folded in dict.fromkeys([(), self.folded]))
         groups = (tuple(name for name in self.folded if name in group) for group in (self.blocks, self.linears))
         return tuple(replace(self, folded=folded) for folded in dict.fromkeys([(), *groups, self.folded]))
 
