@@ -17,7 +17,7 @@ pytest.importorskip("torch", reason="exporting needs torch")
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.torch_ref import TorchEngine
 from qncd_deploy.pipeline import export, fits, forecast, network
-from qncd_deploy.pipeline.forecast import LARGE_FORMS, Forecast, Pace
+from qncd_deploy.pipeline.forecast import FORMS, LARGE_FORMS, Forecast, Pace
 from qncd_deploy.pipeline.options import LEAST_PICTURES, ExportOptions
 from qncd_deploy.pipeline.progress import Silent, Tick
 
@@ -96,7 +96,7 @@ def test_calls_are_counted_ahead(checkpoint: Path, tmp_path: Path, monkeypatch: 
     (fitted,) = (title for title in made if title.startswith("corrections for "))
     assert 0 < made[fitted] <= ahead.rows["corrections"] == 3 * FIT * 2 * CALLS
     # every form on rows that nothing is fitted on, half of them, and on pictures; the samples before that
-    judged = LARGE_FORMS * (PICTURES * RECORDED + FIT * 2 * CALLS)
+    judged = FORMS * PICTURES * RECORDED + LARGE_FORMS * FIT * 2 * CALLS
     assert smoothed[0].rows["smoothing"] == 2 * PICTURES * RECORDED + judged
     assert listener.notes == [str(ahead)]
     assert done.notes[-1].startswith("Corrections are fitted for ") and "`qncd fit " in done.notes[-1]

@@ -198,7 +198,6 @@ def test_blocks_and_linears_are_alternatives() -> None:
     found = Smoothing({"b": decision("b")}, {"q": decision("q", "k")}, ("b", "q"))
     assert [each.folded for each in found.alternatives()] == [(), ("b",), ("q",), ("b", "q")]
     assert [each.folded for each in replace(found, folded=("q",)).alternatives()] == [(), ("q",)]
-    assert [each.folded for each in found.alternatives(apart=False)] == [(), ("b", "q")]
     assert [each.folded for each in replace(found, folded=()).alternatives()] == [()]
 
 
@@ -206,19 +205,19 @@ ROWS = np.random.default_rng(1).normal(size=20)
 
 
 @pytest.mark.parametrize(
-    ("errors", "gains", "chosen"),
+    ("errors", "gains", "large", "chosen"),
     [
-        (
-            (1.0, 0.5, 0.6, 0.4),
-            (0.0, 1.0, 3.0, 2.0),
-            2,
-        ),  # the closest pictures, not the least error
-        ((1.0, 0.5, 0.99, 0.4), (0.0, 1.0, 3.0, 0.5), 1),  # a fall of the error within MIN_GAIN is none
-        ((1.0, 0.5, 0.6, 0.4), (0.0, 0.1, -1.0, 0.2), 0),  # twenty pictures with a spread of 1 dB: 0.2 dB are chance
-        ((1.0, 1.1, 1.2, 1.3), (0.0, 9.0, 9.0, 9.0), 0),
+        ((1.0, 0.5, 0.6, 0.4), (0.0, 1.0, 3.0, 2.0), False, 2),  # the closest pictures, not the least error
+        ((1.0, 0.5, 0.6, 0.4), (0.0, 1.0, 3.0, 2.0), True, 3),  # the others made no pictures
+        ((1.0, 0.5, 0.6, 0.4), (0.0, 1.0, 3.0, 0.1), True, 0),
+        ((1.0, 0.5, 0.99, 0.4), (0.0, 1.0, 3.0, 0.5), False, 1),  # a fall of the error within MIN_GAIN is none
+        # twenty pictures with a spread of 1 dB: 0.2 dB are chance
+        ((1.0, 0.5, 0.6, 0.4), (0.0, 0.1, -1.0, 0.2), False, 0),
+        ((1.0, 1.1, 1.2, 1.3), (0.0, 9.0, 9.0, 9.0), False, 0),
+        ((1.0, 1.1, 1.2, 1.3), (0.0, 9.0, 9.0, 9.0), True, 0),
     ],
 )
-def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains, chosen) -> None:
+def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains, large, chosen) -> None:
     _, calib, options = network
     drafts = [SimpleNamespace(master=partial(SimpleNamespace, index=i), plan=None) for i in range(4)]
     alternatives = Smoothing({"b": decision("b")}, {"q": decision("q")}, ("b", "q")).alternatives()
@@ -228,7 +227,7 @@ def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains,
     monkeypatch.setattr(
         judging, "latent_snr_db", lambda _, forms, **__: [20 + ROWS * (f.index > 0) + gains[f.index] for f, _ in forms]
     )
-    net = SimpleNamespace(model=None, schedule="any", facts=SimpleNamespace(inputs=()))
+    net = SimpleNamespace(model=None, schedule="any", facts=SimpleNamespace(inputs=()), is_large=large)
     found, figures = judge(net, alternatives, drafts, calib, options, tmp_path)
     assert found == chosen and figures.folded == alternatives[chosen].folded
     assert figures.network_error[0] == 1.0

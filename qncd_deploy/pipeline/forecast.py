@@ -22,8 +22,9 @@ WORTH_TELLING = 20 * 60
 """Seconds. Who waits less than this has no use for a forecast."""
 
 FORMS = 5
+"""The float network, and it quantized without smoothing, with either kind and with both."""
 LARGE_FORMS = 3
-"""The float network, and it quantized without smoothing and with both kinds; with either one too if it is not large."""
+"""Those of them that make pictures of a large network."""
 
 FLAGS = {"smoothing": "--smooth off", "rounding": "--recon off", "corrections": "--correction off"}
 """What saves a stage; all others are as long as --calib-size, --fit-size and --eval-size make them."""
@@ -90,8 +91,8 @@ def forecast(
     guided = 1 if network.facts.guidance_scale == 1 else 2
     picture = guided * len(make_steps(network.schedule, network.sampler))  # rows from noise to the end
     unseen = min(len(Parts.of(calib).unseen), JUDGED_ROWS)
-    forms = LARGE_FORMS if network.is_large else FORMS
-    judged = forms * (unseen + options.fit_size * picture) if options.gate else 0
+    sampled = LARGE_FORMS if network.is_large else FORMS
+    judged = FORMS * unseen + sampled * options.fit_size * picture if options.gate else 0
     rows = {
         "ranges": len(calib),
         "smoothing": 0 if options.smooth == "off" else len(calib) + judged,

@@ -98,8 +98,7 @@ def quantize(
         smoothing = find_smoothing(network, calib, options, policy, scratch, tick)
     with progress.stage("split shortcuts") as tick:
         splitting = find_splitting(network, calib, options, policy, scratch, tick)
-    # every form costs passes over calls and pictures, of which a large network has few to spare
-    alternatives = smoothing.alternatives(apart=not network.is_large) if options.gate else (smoothing,)
+    alternatives = smoothing.alternatives() if options.gate else (smoothing,)
     plain = _on_file(splitting.apply(network.model), scratch / "plain.data")
     smoothed = _on_file(splitting.apply(smoothing.divide(network.model)), scratch / "smoothed.data")
     with progress.stage("ranges") as tick:

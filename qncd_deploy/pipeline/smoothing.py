@@ -62,10 +62,8 @@ class Smoothing:
     def none(cls) -> Smoothing:
         return cls({}, {}, ())
 
-    def alternatives(self, *, apart: bool = True) -> tuple[Smoothing, ...]:
-        """What to choose from, without repetition: nothing folded; if apart, blocks alone and Linears alone; all."""
-        if not apart:
-            return tuple(replace(self, folded=folded) for folded in dict.fromkeys([(), self.folded]))
+    def alternatives(self) -> tuple[Smoothing, ...]:
+        """What to choose from, without repetition: nothing folded, blocks alone, Linears alone, all."""
         groups = (tuple(name for name in self.folded if name in group) for group in (self.blocks, self.linears))
         return tuple(replace(self, folded=folded) for folded in dict.fromkeys([(), *groups, self.folded]))
 
@@ -137,7 +135,8 @@ def judge(
 
     Another one must lower the network's output error, and pictures must come out closer where it can sample: a lower
     error of single calls is no proof, since what is left of it may repeat itself from step to step. Of several that do,
-    the one whose pictures are closest (the one of least error, if the network cannot sample).
+    the one whose pictures are closest (the one of least error, if the network cannot sample). Of a large network only
+    the one of least error makes pictures, which cost most.
 
     drafts: the alternatives with their plans.
     """
@@ -152,6 +151,8 @@ def judge(
     best = min(others, key=errors.__getitem__)
     better = [i for i in others if errors[i] <= (1 - MIN_GAIN) * errors[0]]
     latents: dict[int, np.ndarray] = {}
+    if network.is_large:
+        better = [best] if best in better else []
     if better and network.schedule is not None:
         tried = (0, *better)
         closeness = latent_snr_db(
