@@ -6,22 +6,28 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_helpers import SMALL, Export
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Networks are exported for the CPU's engines, where there is a GPU too, but for the tests that ask for one.
-
-    Every worker has cores of its own: libraries start a thread for each that they see, and threads that wait for
-    another worker's are many times slower than fewer threads.
+def _take_own_cores() -> None:
+    """Every worker of pytest-xdist has cores of its own: libraries start a thread for each that they see, and threads
+    that wait for another worker's are many times slower than fewer threads.
     """
-    if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     workers, worker = (os.environ.get(f"PYTEST_XDIST_{name}") for name in ("WORKER_COUNT", "WORKER"))
     if workers is None or worker is None or not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: int(workers)])
+
+
+_take_own_cores()  # before NumPy is loaded, whose threads are started then
+
+from cli_helpers import SMALL, Export  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Networks are exported for the CPU's engines, where there is a GPU too, but for the tests that ask for one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
