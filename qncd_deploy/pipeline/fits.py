@@ -52,7 +52,7 @@ def unfitted_note(bundle: Path, engines: Sequence[Backend], options: ExportOptio
     others = [backend.name for backend in _cpu_engines() if backend not in engines] if engines else []
     if others:
         yield (
-            f"Corrections are fitted for {engines[0].name} alone, as the network is large. For {' and '.join(others)}: "
+            f"Corrections are fitted for {engines[0].name} alone. For {' and '.join(others)}: "
             f"`qncd fit {bundle} --backend {others[0]}`."
         )
 
