@@ -80,7 +80,9 @@ class ModelFacts:
     inputs: the UNet's inputs;  latent_shape, image_shape: (C, H, W), image_shape None when there is no decoder;
     schedule: Schedule.to_json() or None for a bring-your-own graph without one;
     sampler: the defaults {"scheduler", "n_steps", "eta"};  guidance_scale: 1 is off;
-    text: how prompts are encoded, None where classes or nothing condition the network.
+    text: how prompts are encoded, None where classes or nothing condition the network;
+    size_multiple: what the sides of other pictures than those of image_shape are multiples of, in pixels; None where
+    it draws no others.
     """
 
     family: str
@@ -92,6 +94,7 @@ class ModelFacts:
     guidance_scale: float
     condition: ConditionFacts | None
     text: TextFacts | None = None
+    size_multiple: int | None = None
 
     @property
     def picture_shape(self) -> tuple[int, ...] | None:
@@ -111,6 +114,7 @@ class ModelFacts:
             guidance_scale=float(data["guidance_scale"]),
             condition=None if condition is None else ConditionFacts(**condition),
             text=None if text is None else TextFacts.from_json(text),
+            size_multiple=data.get("size_multiple"),
         )
 
 

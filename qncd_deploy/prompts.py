@@ -111,5 +111,10 @@ def prompt_table(
         for rows in table.values():
             rows[-1] = 0
     if facts.time_ids is not None:
-        table["time_ids"] = np.tile(np.array(facts.time_ids, np.float32), (len(texts), 1))
+        table["time_ids"] = size_rows(facts.time_ids, len(texts))
     return table
+
+
+def size_rows(time_ids: Sequence[int], count: int) -> np.ndarray:
+    """What `count` pictures of these sizes are told of them, (count, 6) float32."""
+    return np.tile(np.array(time_ids, np.float32), (count, 1))

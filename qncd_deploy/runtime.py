@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qncd_deploy.bundle import Manifest, check_files, read_manifest
+from qncd_deploy.conditions import bundle_prompts, condition_table
 from qncd_deploy.correct.choice import chosen_table
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, Tables, identity_table, load_tables
 from qncd_deploy.engines.base import (
@@ -30,18 +31,18 @@ from qncd_deploy.engines.base import (
     make_engine_id,
     open_engine,
 )
-from qncd_deploy.engines.decoder import require_slices
-from qncd_deploy.engines.eps_model import input_roles
+from qncd_deploy.engines.decoder import require_slices, require_tiles
+from qncd_deploy.engines.eps_model import require_sides
 from qncd_deploy.engines.stepped import SteppedEngine
 from qncd_deploy.engines.stored import give_blobs, stored_source
 from qncd_deploy.engines.text import prompt_encoder
 from qncd_deploy.errors import BundleError, UsageError
-from qncd_deploy.files import canonical_json, load_npz
-from qncd_deploy.prompts import read_prompts
+from qncd_deploy.files import canonical_json
 from qncd_deploy.sampler import Network, Sampler, Text
 from qncd_deploy.schedule import Schedule
 from qncd_deploy.stepping import Stepping, load_stepping
 from qncd_deploy.steps import SamplerConfig
+from qncd_deploy.subjects import at_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,16 @@ AS_EXPORTED = Sampling()
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest was read and whose files were checked. effort: for engines compiled for a run."""
+    """A bundle on disk whose manifest was read and whose files were checked.
+
+    effort: for engines compiled for a run;  sides: (height, width) of its pictures where they are not its own, which
+    the manifest then says, too.
+    """
 
     path: Path
     manifest: Manifest
     effort: Effort = BaseEngine.effort
+    sides: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -77,6 +83,17 @@ class Bundle:
         if verify:
             check_files(path, manifest)
         return cls(path, manifest)
+
+    def at_size(self, height: int | None = None, width: int | None = None) -> Bundle:
+        """The same bundle for pictures of another size, in pixels; None is its own. Raises UsageError for a size that
+        the network does not draw.
+        """
+        model = at_size(self.manifest.model, height=height, width=width)
+        if model is self.manifest.model:
+            return self
+        assert model.picture_shape is not None, "what is drawn at another size are pictures"
+        _, *sides = model.picture_shape
+        return replace(self, manifest=replace(self.manifest, model=model), sides=(sides[0], sides[1]))
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -225,6 +242,7 @@ class Bundle:
             guidance_scale=self.guidance(sampling.guidance_scale),
             backend=engine_id,
             plan_sha=self.plan_sha,
+            sides=self.sides,
         )
 
     def sampler(
@@ -282,8 +300,12 @@ class Bundle:
             if part is not None:
                 engines[part] = opened.enter_context(self.open_part(backend, part, threads=threads))
             self.load_blobs(engines, blobs)
+            latents = self.manifest.model.latent_shape
+            require_sides(unet, latents, build=f"qncd build {self.path} --backend {backend}{self._sizes}")
             if vae_slicing and part is not None:
                 require_slices(engines[part], self.path, backend)
+            if vae_tiling and part is not None:
+                require_tiles(engines[part], latents)
             network = Network(
                 place=self.path,
                 source=self.network_id(roles),
@@ -315,6 +337,11 @@ class Bundle:
             raise UsageError(f"{flag}: the pictures of {self.path} are too small for tiles. Leave it out.")
         return "decoder-tile" if tiling else "decoder"
 
+    @property
+    def _sizes(self) -> str:
+        """The option of `qncd build` for pictures of this size."""
+        return "" if self.sides is None else " --sizes {1}x{0}".format(*self.sides)
+
     def _suffix(self, act_bits: int) -> str:
         """Of the roles of a network with activations of these bits at all timesteps. Raises UsageError."""
         suffixes = {} if self.stepping is None else self.stepping.suffixes
@@ -331,33 +358,12 @@ class Bundle:
         """What the network is told of every class, (classes, ...) by graph input; None without classes. Raises
         BundleError.
         """
-        condition = self.manifest.model.condition
-        if condition is None:
-            return None
-        if condition.kind == "text":
-            return load_npz(self.file("prompt-embedding"))
-        (told,) = input_roles({spec.name: spec for spec in self.manifest.model.inputs}).conditions
-        if condition.kind == "class-labels":
-            return {told.name: np.arange(condition.classes)}
-        path = self.file("class-embedding")
-        try:
-            table: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
-            raise BundleError(f"{path}: not a readable array ({exc}). Run `qncd export` again.") from exc
-        return {told.name: table}
+        return condition_table(self.manifest.model, self.file)
 
     @cached_property
     def prompts(self) -> tuple[str, ...] | None:
         """The bundle's own prompts, by label; None where the network takes none. Raises BundleError."""
-        condition = self.manifest.model.condition
-        if condition is None or condition.kind != "text":
-            return None
-        path = self.file("prompts")
-        prompts = read_prompts(path)
-        if len(prompts) != len(condition.valid):
-            found = f"{len(prompts)} prompts, {len(condition.valid)} were encoded"
-            raise BundleError(f"{path}: {found}. Run `qncd export` again.")
-        return prompts
+        return bundle_prompts(self.manifest.model, self.file)
 
     def _text(self, backend: str, threads: int | None, blobs: Sequence[Path]) -> Text | None:
         """How prompts are encoded here; nothing is opened before they are."""

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+BATCH = "batch"
+SIDES = ("height", "width")
+"""Names of free dimensions: of every input's first, and of a latent's last two where pictures may have any size."""
+
 Array = Any
 """A NumPy array or a device array with the same operators; the sampling loop never asks which."""
 

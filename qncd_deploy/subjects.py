@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qncd_deploy.bundle import ConditionFacts, ModelFacts
 from qncd_deploy.errors import LabelError, UsageError
@@ -67,14 +68,61 @@ def _range(condition: ConditionFacts) -> str:
     return f"Use 0 to {last} without {condition.null_class}."
 
 
-def check_size(facts: ModelFacts, *, height: int | None = None, width: int | None = None) -> None:
-    """Raises UsageError for a size of pictures that is not the one that the bundle was made for, in pixels."""
-    if facts.picture_shape is None:
-        return
-    _, own_height, own_width = facts.picture_shape
-    for flag, asked, own in (("--height", height, own_height), ("--width", width, own_width)):
-        if asked not in (None, own):
+def at_size(facts: ModelFacts, *, height: int | None = None, width: int | None = None) -> ModelFacts:
+    """The facts for pictures of another size, in pixels; None is the network's own.
+
+    Raises: UsageError for a size that the network does not draw.
+    """
+    own = facts.picture_shape
+    if (height, width) == (None, None) or (own is not None and (height or own[1], width or own[2]) == own[1:]):
+        return facts
+    flag, side = ("--height", height) if height is not None else ("--width", width)
+    if own is None:
+        raise UsageError(f"{flag} {side}: the network draws latents, which have no size in pixels. Leave it out.")
+    if facts.size_multiple is None:
+        raise UsageError(
+            f"{flag} {side}: the bundle draws {own[1]} x {own[2]} pixels (height x width) and no other size. Leave it "
+            f"out, or run `qncd export` with {flag} {side}, if the network is one for that size."
+        )
+    check_sides(own, facts.size_multiple, height=height, width=width)
+    factor, shape = own[1] // facts.latent_shape[1], (own[0], height or own[1], width or own[2])
+    text = facts.text
+    if text is not None and text.time_ids is not None:
+        text = replace(text, time_ids=size_ids(shape))
+    return replace(
+        facts,
+        latent_shape=(facts.latent_shape[0], shape[1] // factor, shape[2] // factor),
+        image_shape=None if facts.image_shape is None else shape,
+        text=text,
+    )
+
+
+def latent_multiple(facts: ModelFacts) -> int | None:
+    """What the sides of latents are multiples of; None for a network that takes one size only."""
+    if facts.size_multiple is None or facts.picture_shape is None:
+        return None
+    return facts.size_multiple * facts.latent_shape[1] // facts.picture_shape[1]
+
+
+def takes_latents(facts: ModelFacts, shape: Sequence[int]) -> bool:
+    """Whether a network takes latents of this shape, (C, H, W)."""
+    step, (channels, *sides) = latent_multiple(facts), shape
+    if step is None:
+        return tuple(shape) == tuple(facts.latent_shape)
+    return channels == facts.latent_shape[0] and all(side % step == 0 for side in sides)
+
+
+def check_sides(own: Sequence[int], multiple: int, *, height: int | None = None, width: int | None = None) -> None:
+    """Raises UsageError for sides of a picture that a network would have to pad. own: (C, H, W) of its own pictures."""
+    for flag, side, usual in (("--height", height, own[1]), ("--width", width, own[2])):
+        if side is not None and (side < 1 or side % multiple):
             raise UsageError(
-                f"{flag} {asked}: the bundle draws {own_height} x {own_width} pixels (height x width) and no other "
-                f"size. Run `qncd export` again with {flag} {asked}."
+                f"{flag} {side}: expected a multiple of {multiple}, which the network halves down to whole numbers "
+                f"({usual} is its own)."
             )
+
+
+def size_ids(image_shape: Sequence[int]) -> tuple[int, ...]:
+    """What SDXL is told of a picture (C, H, W): it was that large, is not cropped, and shall be that large."""
+    _, height, width = image_shape
+    return (height, width, 0, 0, height, width)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "qncd_deploy"
 ORDER = (
     "errors", "specs", "files", "bundle", "prompts", "subjects", "schedule", "timesteps", "steps", "stepping",
     "correct", "sample", "study", "checkpoint", "models", "calib", "quant", "export", "engines", "reconstruct",
-    "pictures", "sampler", "runtime", "drop_in", "evaluate", "pipeline", "cli",
+    "pictures", "conditions", "sampler", "runtime", "drop_in", "evaluate", "pipeline", "cli",
 )  # fmt: skip
 
 EXPORTING = tuple(f"pipeline/{name}.py" for name in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ from text_models import TWINS  # noqa: E402
 
 from qncd_deploy.bundle import ConditionFacts, TextFacts  # noqa: E402
 from qncd_deploy.engines.base import open_engine  # noqa: E402
-from qncd_deploy.errors import CheckpointError, PromptError, UsageError  # noqa: E402
+from qncd_deploy.errors import CheckpointError, PromptError, ScheduleError, UsageError  # noqa: E402
 from qncd_deploy.files import load_npz  # noqa: E402
 from qncd_deploy.pipeline.export import Exported, export  # noqa: E402
 from qncd_deploy.pipeline.network import read_network  # noqa: E402
 from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
 from qncd_deploy.pipeline.progress import Silent  # noqa: E402
 from qncd_deploy.prompts import open_tokenizer, read_prompts, shipped_prompts, tokenize  # noqa: E402
-from qncd_deploy.runtime import Bundle  # noqa: E402
+from qncd_deploy.runtime import AS_EXPORTED, Bundle  # noqa: E402
 from qncd_deploy.sample import PictureNoise  # noqa: E402
 
 SHALLOW: dict[str, Any] = {
@@ -135,22 +136,50 @@ def test_text_encoders_are_transformers(sd: Made, xl: Made) -> None:
         assert role != "-2" or close(found["pooled"], out.text_embeds)
 
 
+def drawn_by_diffusers(made: Made, sides: Sequence[int]) -> np.ndarray:
+    """Latents of the prompts, from the noise of seed 5."""
+    height, width = sides
+    latents = PictureNoise(5, range(3), (4, height // 8, width // 8)).initial()
+    images = made.pipe(
+        list(PROMPTS),
+        height=height,
+        width=width,
+        num_inference_steps=5,
+        guidance_scale=made.bundle.manifest.model.guidance_scale,
+        latents=torch.from_numpy(latents),
+        output_type="latent",
+    ).images
+    return np.asarray(images)
+
+
+@pytest.mark.parametrize("name", ["sd", "xl"])
+def test_pictures_of_another_size_are_what_diffusers_draws(name: str, request: pytest.FixtureRequest) -> None:
+    made: Made = request.getfixturevalue(name)
+    bundle = made.bundle.at_size(120, 72)
+    assert bundle.sides == (120, 72) and bundle.manifest.model.latent_shape == (4, 15, 9)
+    with bundle.sampler("onnxruntime", float_twin=True, threads=1) as sampler:
+        found = sampler.sample(3, seed=5)
+    expected = drawn_by_diffusers(made, (120, 72))
+    assert found.images.shape == (3, 120, 72, 3)
+    assert np.abs(found.latents - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_correction_is_of_one_size(sd: Made) -> None:
+    bundle = sd.bundle.at_size(width=96)
+    assert bundle.key(AS_EXPORTED, "onnxruntime-f32").mismatch(sd.bundle.key(AS_EXPORTED, "onnxruntime-f32")) == (
+        "fitted for 64 x 96 pixels, asked for the bundle's own size"
+    )
+    with pytest.raises(ScheduleError, match=r"Run `qncd fit .* --remainder f32 --height 64 --width 96`"):
+        bundle.sampler("onnxruntime", correction="ptqd")
+
+
 @pytest.mark.parametrize("name", ["sd", "xl"])
 def test_the_float_twin_draws_what_diffusers_draws(name: str, request: pytest.FixtureRequest) -> None:
     made: Made = request.getfixturevalue(name)
     facts = made.bundle.manifest.model
     with made.bundle.sampler("onnxruntime", float_twin=True, threads=1) as sampler:
         found = sampler.sample(3, seed=5)
-    latents = PictureNoise(5, range(3), facts.latent_shape).initial()
-    expected = made.pipe(
-        list(PROMPTS),
-        height=facts.image_shape[1],
-        width=facts.image_shape[2],
-        num_inference_steps=5,
-        guidance_scale=facts.guidance_scale,
-        latents=torch.from_numpy(latents),
-        output_type="latent",
-    ).images.numpy()
+    expected = drawn_by_diffusers(made, facts.image_shape[1:])
     # As in test_text_pipelines, and another engine.
     assert np.abs(found.latents - expected).max() < 1e-4 * np.abs(expected).max()
     pictures = made.pipe.vae.decode(torch.from_numpy(expected) / made.pipe.vae.config.scaling_factor).sample
@@ -158,11 +187,12 @@ def test_the_float_twin_draws_what_diffusers_draws(name: str, request: pytest.Fi
     assert np.abs(found.images - rounded).max() <= 0.5 + 0.05  # half a level, and what the latents differ
 
 
-def test_int8_is_close_to_float(sd: Made) -> None:
+@pytest.mark.parametrize("sides", [(8, 8), (9, 14)])
+def test_int8_is_close_to_float(sd: Made, sides: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     rows = load_npz(sd.bundle.file("prompt-embedding"))["encoder_hidden_states"]
     feeds = {
-        "sample": rng.standard_normal((4, 4, 8, 8)).astype(np.float32),
+        "sample": rng.standard_normal((4, 4, *sides)).astype(np.float32),
         "timestep": np.array([999, 700, 300, 1], np.float32),
         "encoder_hidden_states": rows,
     }

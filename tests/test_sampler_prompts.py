@@ -23,7 +23,7 @@ from qncd_deploy.pictures import save_pictures
 from qncd_deploy.prompts import open_tokenizer, read_prompts, what_is_cut
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
-from qncd_deploy.subjects import check_prompts, check_size, parse_labels
+from qncd_deploy.subjects import at_size, check_prompts, parse_labels
 
 OTHERS = ["red dog", "the astronaut riding a horse", "mars!"]
 
@@ -189,11 +189,18 @@ def test_prompts_where_they_mean_nothing_are_refused(made: tuple[Path, int]) -> 
     check_prompts(text, 1.0, prompts=["cat"])
     with pytest.raises(UsageError, match=r"--class-label all: the network draws prompts, not classes\. Leave it out"):
         parse_labels("all", text)
-    check_size(facts, height=64, width=64)
-    check_size(facts)
-    check_size(replace(facts, image_shape=None), height=7)
-    with pytest.raises(UsageError, match=r"--width 512: .* 64 x 64 pixels .*`qncd export` again with --width 512"):
-        check_size(facts, height=64, width=512)
+    assert at_size(facts, height=64, width=64) is at_size(facts) is facts
+    with pytest.raises(UsageError, match=r"--height 7: the network draws latents, which have no size in pixels"):
+        at_size(replace(facts, image_shape=None), height=7)
+    with pytest.raises(UsageError, match=r"--width 512: .* 64 x 64 pixels .*run `qncd export` with --width 512"):
+        at_size(facts, width=512)
+    free = replace(facts, size_multiple=16)
+    assert at_size(free, height=64) is free
+    wide = at_size(free, width=96)
+    assert (wide.image_shape, wide.latent_shape) == ((3, 64, 96), (4, 8, 12))
+    for side in (72, 8):
+        with pytest.raises(UsageError, match=rf"--width {side}: expected a multiple of 16, .* \(64 is its own\)"):
+            at_size(free, height=96, width=side)
 
 
 def test_a_bundle_whose_text_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

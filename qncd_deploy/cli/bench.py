@@ -20,6 +20,7 @@ from qncd_deploy.cli.options import (
     json_option,
     print_json,
     results_option,
+    size_options,
     threads_option,
     typed_command,
     with_effort,
@@ -65,6 +66,7 @@ log = logging.getLogger(__name__)
     "[default: over the float32 twin; on TensorRT alone over its float16 form, which is made with the export extra]",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Pictures at a time.")
+@size_options
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Interleaved rounds.")
 @click.option("--eval-size", type=click.IntRange(2), default=32, help="Pictures that the PSNR is measured on.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures.")
@@ -81,6 +83,8 @@ def bench_command(
     remainders: tuple[Remainder, ...],
     baseline: Path | None,
     batch_size: int,
+    height: int | None,
+    width: int | None,
     rounds: int,
     eval_size: int,
     seed: int,
@@ -103,7 +107,9 @@ def bench_command(
         check_output(out)
     engines = _engines(backends, remainders)
     opened, other = (
-        None if path is None else with_effort(Bundle.open(path), engines, level, workspace_mib, engine_dir)
+        None
+        if path is None
+        else with_effort(Bundle.open(path).at_size(height, width), engines, level, workspace_mib, engine_dir)
         for path in (bundle, baseline)
     )
     assert opened is not None

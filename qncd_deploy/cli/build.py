@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,25 @@ class _Targets(click.ParamType):
         self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
         return value if isinstance(value, tuple) else tuple(dict.fromkeys(value.lower().split(",")))
+
+
+class _Sizes(click.ParamType):
+    """WxH,WxH,... as a tuple of (height, width)."""
+
+    name = "WxH,WxH,..."
+
+    def convert(
+        self,
+        value: str | tuple[tuple[int, int], ...],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[tuple[int, int], ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [re.fullmatch(r"(\d+)x(\d+)", part) for part in value.lower().split(",")]
+        if not all(parts):
+            self.fail(f"{value!r}: expected sizes such as 768x512, width first, with commas.", param, ctx)
+        return tuple(dict.fromkeys((int(part[2]), int(part[1])) for part in parts if part is not None))
 
 
 _tensorrt_options = together(
@@ -77,6 +97,14 @@ _tensorrt_options = together(
     show_default=False,
     help="Pictures at a time; several are profiles of one TensorRT engine.  [default: as `qncd sample`]",
 )
+@click.option(
+    "--sizes",
+    type=_Sizes(),
+    default=(),
+    show_default=False,
+    help="Of pictures, in pixels, width first, for bundles that draw any size; several are profiles of one TensorRT "
+    "engine.  [default: the bundle's own]",
+)
 @_tensorrt_options
 @click.option(
     "--fit/--no-fit",
@@ -96,6 +124,7 @@ def build_command(
     backend: str | None,
     remainder: Remainder | None,
     batches: tuple[int, ...],
+    sizes: tuple[tuple[int, int], ...],
     targets: tuple[str, ...],
     level: int | None,
     workspace_mib: int | None,
@@ -119,6 +148,7 @@ def build_command(
         backend or default_backend(),
         remainder=remainder,
         batches=tuple(dict.fromkeys(batches)),
+        sizes=sizes,
         threads=threads,
         targets=targets,
         level=level,

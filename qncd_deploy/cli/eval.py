@@ -26,6 +26,7 @@ from qncd_deploy.cli.options import (
     remainder_option,
     results_option,
     sampling_options,
+    size_options,
     threads_option,
     typed_command,
 )
@@ -52,6 +53,7 @@ _PLAIN_WIDTH = 240  # where there is no terminal
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the pictures.")
 @click.option("--first", type=click.IntRange(0), default=0, metavar="K", help="Number of the first picture.")
 @class_label_option
+@size_options
 @sampling_options
 @backend_option
 @remainder_option
@@ -117,6 +119,7 @@ def eval_command(context: click.Context, /, bundle: Path, as_json: bool, **flags
         _refuse_sampling_options(context)
         _on_data(opened, flags, as_json)
         return
+    opened = opened.at_size(flags["height"], flags["width"])
     options = _options(opened, bundle, flags)
     with Bars().stage("evaluating") as tick, evaluated(opened, options, tick) as found:
         facts = evaluation_json(opened, options, found)

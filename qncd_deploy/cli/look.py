@@ -150,9 +150,10 @@ def _show_bundle(
         for prompt in opened.prompts:
             console.print(f"    {prompt}", markup=False, highlight=False)
     for line in corrections:
+        size = "" if line["sides"] is None else ", {} x {} pixels (height x width)".format(*line["sides"])
         console.print(
             f"correction {line['choice']} of {', '.join(line['methods'])} for {line['backend']}, {line['scheduler']} "
-            f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}, in {line['file']}"
+            f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}{size}, in {line['file']}"
         )
         if line["contest"] is not None:
             console.print(f"    auto takes {Contest.from_json(line['contest']).line()}")
@@ -209,6 +210,7 @@ def _corrections(bundle: Bundle, files: Sequence[Path]) -> list[dict[str, Any]]:
                 "n_steps": key.n_steps,
                 "eta": key.eta,
                 "guidance_scale": key.guidance_scale,
+                "sides": key.sides,
                 "methods": sorted(table.method for table in tables.tables if table.key == key),
                 "choice": tables.choice(key) or OFF,
                 "contest": contests[key].to_json() if key in contests else None,

@@ -99,6 +99,11 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _sampling_options(gathered)
 
 
+size_options = together(
+    click.option("--height", type=click.IntRange(1), help="Of the pictures, in pixels.  [default: the bundle's own]"),
+    click.option("--width", type=click.IntRange(1), help="As --height."),
+)
+"""Of bundles that draw pictures of any size."""
 effort_options = together(
     click.option(
         "--level",

@@ -22,6 +22,7 @@ from qncd_deploy.cli.options import (
     prompt_options,
     remainder_option,
     sampling_options,
+    size_options,
     threads_option,
     with_effort,
 )
@@ -35,7 +36,7 @@ from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pictures import check_output, save_batches
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle, Sampling
-from qncd_deploy.subjects import check_prompts, check_size, parse_labels
+from qncd_deploy.subjects import check_prompts, parse_labels
 
 
 @click.command("sample")
@@ -51,8 +52,7 @@ from qncd_deploy.subjects import check_prompts, check_size, parse_labels
     metavar="TEXT",
     help='What guidance leads away from.  [default: "", or zeros for a network that is made for these]',
 )
-@click.option("--height", type=click.IntRange(1), help="In pixels: checked, since a bundle draws one size only.")
-@click.option("--width", type=click.IntRange(1), help="As --height.")
+@size_options
 @sampling_options
 @backend_option
 @click.option("--float", "float_twin", is_flag=True, help="The float network instead, in float32.")
@@ -108,10 +108,9 @@ def sample_command(
 
     Without --prompt, the bundle's own prompts take turns, if it is one of text; without --class-label, classes do.
     """
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle).at_size(height, width)
     model = opened.manifest.model
     check_output(out, images=model.picture_shape is not None)
-    check_size(model, height=height, width=width)
     labels = None if class_label is None else parse_labels(class_label, model.condition)
     asked = prompts is not None or negative_prompt is not None
     if asked:
@@ -172,6 +171,7 @@ def sample_command(
 
 @click.command("fit")
 @bundle_argument
+@size_options
 @sampling_options
 @backend_option
 @remainder_option
@@ -189,6 +189,8 @@ def sample_command(
 @json_option
 def fit_command(
     bundle: Path,
+    height: int | None,
+    width: int | None,
     sampling: Sampling,
     backend: str | None,
     remainder: Remainder | None,
@@ -201,13 +203,13 @@ def fit_command(
     engine_dir: Path,
     as_json: bool,
 ) -> None:
-    """Fit correction tables for one engine and one schedule, and choose among them on held-out pictures.
+    """Fit correction tables for one engine, schedule and size of pictures, and choose among them on held-out pictures.
 
     The tables go to ENGINE_DIR/NAME-FORMAT/, where `qncd sample` looks before the bundle's own; how they were chosen
     is kept with them, for `qncd inspect` and the page of `qncd eval -o FOLDER`.
     """
     backend = backend or default_backend()
-    opened = with_effort(Bundle.open(bundle), [backend], level, workspace_mib, engine_dir)
+    opened = with_effort(Bundle.open(bundle).at_size(height, width), [backend], level, workspace_mib, engine_dir)
     options = FitOptions(
         backend,
         remainder=remainder,

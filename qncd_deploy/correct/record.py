@@ -112,7 +112,8 @@ class ScheduleKey:
     """What a table was fitted for; it is valid for nothing else.
 
     timesteps: of every network call; prediction: what the network returns; schedule_sha: Schedule.sha256();
-    backend: engine and precision of its remainder ("openvino-f32"); plan_sha: hash of the quantization plan.
+    backend: engine and precision of its remainder ("openvino-f32"); plan_sha: hash of the quantization plan;
+    sides: (height, width) of the pictures in pixels, None for those that the bundle was made for.
     """
 
     scheduler: str
@@ -123,10 +124,18 @@ class ScheduleKey:
     schedule_sha: str
     backend: str
     plan_sha: str
+    sides: tuple[int, int] | None = None
 
     @classmethod
     def of(
-        cls, schedule: Schedule, config: SamplerConfig, *, guidance_scale: float, backend: str, plan_sha: str
+        cls,
+        schedule: Schedule,
+        config: SamplerConfig,
+        *,
+        guidance_scale: float,
+        backend: str,
+        plan_sha: str,
+        sides: tuple[int, int] | None = None,
     ) -> ScheduleKey:
         """The key of one way to sample with one engine."""
         return cls(
@@ -138,7 +147,19 @@ class ScheduleKey:
             schedule_sha=schedule.sha256(),
             backend=backend,
             plan_sha=plan_sha,
+            sides=sides,
         )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ScheduleKey:
+        """What to_json wrote."""
+        sides = data.get("sides")
+        held = {"timesteps": tuple(data["timesteps"]), "sides": None if sides is None else tuple(sides)}
+        return cls(**{**data, **held})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `sides` only where there are any, as files of earlier versions have none."""
+        return {name: value for name, value in asdict(self).items() if name != "sides" or value is not None}
 
     @property
     def n_steps(self) -> int:
@@ -148,7 +169,7 @@ class ScheduleKey:
     @property
     def id(self) -> str:
         """Short name of this key, the same in every process."""
-        return hashlib.sha256(canonical_json(asdict(self)).encode()).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()[:16]
 
     def mismatch(self, asked: ScheduleKey) -> str | None:
         """What a table of this key was fitted for and what is asked for, where they differ; None if they do not."""
@@ -174,6 +195,7 @@ class ScheduleKey:
             (self.schedule_sha, f"noise schedule {self.schedule_sha[:8]}"),
             (self.backend, f"backend {self.backend}"),
             (self.plan_sha, f"plan {self.plan_sha[:8]}"),
+            (self.sides, "the bundle's own size" if self.sides is None else "{} x {} pixels".format(*self.sides)),
         )
 
     def fit_command(self, bundle: Path | str) -> str:
@@ -181,9 +203,10 @@ class ScheduleKey:
         backend, _, remainder = self.backend.rpartition("-")
         eta, scale = (np.format_float_positional(value, trim="-") for value in (self.eta, self.guidance_scale))
         noise = f" --eta {eta}" if self.scheduler == "ddim" else ""  # 0 too: the bundle's own may be another
+        size = "" if self.sides is None else " --height {} --width {}".format(*self.sides)
         return (
             f"qncd fit {shlex.quote(str(bundle))} --backend {backend} --scheduler {self.scheduler} "
-            f"--n-steps {self.n_steps}{noise} --guidance-scale {scale} --remainder {remainder}"
+            f"--n-steps {self.n_steps}{noise} --guidance-scale {scale} --remainder {remainder}{size}"
         )
 
 
@@ -263,7 +286,7 @@ def save_tables(
         stacks: dict[str, list[np.ndarray]] = {}
         rows = [_row_to_json(fix, f"{number:03d}", stacks) for fix in table.fixes]
         arrays |= {name: np.stack(values) for name, values in stacks.items()}
-        entries.append({"method": table.method, "key": asdict(table.key), "info": dict(table.info), "rows": rows})
+        entries.append({"method": table.method, "key": table.key.to_json(), "info": dict(table.info), "rows": rows})
     meta = {"schema": SCHEMA, "auto": dict(auto), "contests": dict(contests or {}), "tables": entries}
     save_npz(path, arrays | {"meta": np.frombuffer(canonical_json(meta).encode(), dtype=np.uint8)})
 
@@ -285,7 +308,7 @@ def load_tables(path: Path) -> Tables:
         tables = tuple(
             CorrectionTable(
                 entry["method"],
-                ScheduleKey(**entry["key"] | {"timesteps": tuple(entry["key"]["timesteps"])}),
+                ScheduleKey.from_json(entry["key"]),
                 tuple(_row_from_json(row, arrays) for row in entry["rows"]),
                 entry["info"],
             )

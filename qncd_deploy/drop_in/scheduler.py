@@ -108,6 +108,7 @@ class QncdScheduler:
             guidance_scale=self._guidance_scale,
             backend=self._engine_id,
             plan_sha=self._bundle.plan_sha,
+            sides=self._bundle.sides,
         )
         self.table = self._find(key)
         arrays = _Tensors(torch.device(device or "cpu"))
@@ -156,6 +157,12 @@ class QncdScheduler:
             raise ScheduleError(
                 f"step {self._call} is at t = {expected:g}, the pipeline is at t = {float(timestep):g}: a correction "
                 "takes all steps in order."
+            )
+        if self.table.method != "off" and tuple(sample.shape[1:]) != tuple(self._bundle.manifest.model.latent_shape):
+            raise ScheduleError(
+                f"the sample is {list(sample.shape[1:])}, correction {self.table.method} was fitted for "
+                f"{list(self._bundle.manifest.model.latent_shape)}. Open the bundle with "
+                "`Bundle.open(...).at_size(height, width)`, for which `qncd fit --height --width` fits one."
             )
         call, x = self._call, sample.float()
         noise = _Noise(x, generator)

@@ -26,6 +26,7 @@ from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.engines.stepped import SteppedEngine
 from qncd_deploy.errors import UsageError
 from qncd_deploy.runtime import Bundle
+from qncd_deploy.subjects import latent_multiple, takes_latents
 
 _TIME_ID_WIDTH = 256
 """Of SDXL's embedding of one of its sizes. Its pipelines hold it against the network's own figure, and use it for
@@ -101,11 +102,10 @@ class QncdUNet(nn.Module):
         """
         if ignored := [name for name, value in others.items() if value is not None and value != {}]:
             raise UsageError(f"{self.place}: {ignored[0]} is no input of the exported network. Leave it out.")
-        if tuple(sample.shape[1:]) != tuple(self.facts.latent_shape):
+        if not takes_latents(self.facts, sample.shape[1:]):
             raise UsageError(
-                f"{self.place}: the sample is {_by(sample.shape[1:])}, the network was exported for "
-                f"{_by(self.facts.latent_shape)}. Ask the pipeline for that size, or export again with --height and "
-                "--width."
+                f"{self.place}: the sample is {_by(sample.shape[1:])}, the network takes {_taken(self.facts)}. Ask the "
+                "pipeline for that size, or export again with --height and --width."
             )
         told = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
         told |= added_cond_kwargs or {}
@@ -130,6 +130,12 @@ def _on_host(tensor: Tensor) -> Any:
     """As a NumPy array, in float32 if it is of another floating dtype: bfloat16 is none of NumPy's."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _taken(facts: ModelFacts) -> str:
+    """Latents that the network takes, in words."""
+    step = latent_multiple(facts)
+    return _by(facts.latent_shape) if step is None else f"{facts.latent_shape[0]} channels and multiples of {step}"
 
 
 def _config(facts: ModelFacts) -> FrozenDict:

@@ -49,6 +49,13 @@ def require_slices(engine: BaseEngine, bundle: Path, backend: str) -> None:
         )
 
 
+def require_tiles(engine: BaseEngine, latent_shape: Sequence[int]) -> None:
+    """Raises UsageError for latents that are smaller than an engine's tiles."""
+    (spec,) = engine.inputs.values()
+    if any(side < int(tile) for side, tile in zip(latent_shape[1:], spec.shape[2:], strict=True)):
+        raise UsageError("--vae-tiling: pictures of this size are smaller than a tile. Leave it out.")
+
+
 def decode(engine: BaseEngine, latents: Array, *, rows: int | None) -> Array:
     """(N, C, H, W) latents to (N, c, fH, fW) pictures, where the latents are.
 

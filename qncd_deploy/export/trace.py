@@ -1,9 +1,11 @@
-"""Trace a torch module to a clean float ONNX graph at opset 18: batch free, parameters under their own names."""
+"""Trace a torch module to a clean float ONNX graph at opset 18: batch free, parameters under their own names, the sides
+of pictures free where that is asked for.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import onnx_ir as ir
@@ -11,21 +13,26 @@ import torch
 
 from qncd_deploy.errors import ExportError, first_line
 from qncd_deploy.export.passes.normalise import OPSET, normalise, quiet
-from qncd_deploy.specs import TensorSpec
-
-BATCH = "batch"
+from qncd_deploy.specs import BATCH, SIDES, TensorSpec
 
 _EXAMPLE = 2
 """Pictures in the example that is traced: more than one, since exporters take a size of one for a constant."""
 
 
-def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, outputs: Sequence[str] = ("out",)) -> ir.Model:
+def trace(
+    module: torch.nn.Module,
+    inputs: Sequence[TensorSpec],
+    *,
+    outputs: Sequence[str] = ("out",),
+    sides: tuple[int, int] | None = None,
+) -> ir.Model:
     """Export a diffusers UNet (or any module called as module(*inputs)) as a float32 graph in normal form.
 
-    inputs: in the order of the module's positional arguments; their first dimension may be a string, which becomes the
-    free batch dimension. The argument `class_labels` is passed by name, since UNets take it after others. outputs:
-    names for the first ones that the module returns. Initializers are named like the module's parameters; a Linear
-    weight that feeds a MatMul is stored transposed, (K, N).
+    inputs: in the order of the module's positional arguments; a string in a shape becomes a free dimension of that
+    name, which may be BATCH or one of SIDES. The argument `class_labels` is passed by name, since UNets take it after
+    others. outputs: names for the first ones that the module returns. sides: any valid (height, width), for SIDES.
+    Initializers are named like the module's parameters; a Linear weight that feeds a MatMul is stored transposed,
+    (K, N).
 
     Raises: ExportError if torch cannot trace the module, or the graph cannot be brought to the normal form.
     """
@@ -34,8 +41,11 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, outputs: Seq
         if not torch.isfinite(tensor).all():
             raise ExportError(f"{name}: NaN or infinity in the weights. Use an intact checkpoint.")
     caller = _Caller(module.eval(), tuple(spec.name for spec in inputs), len(outputs))
-    example = tuple(_example(spec) for spec in inputs)
-    axes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(spec.shape[0], str) else None for spec in inputs)
+    example = tuple(_example(spec, sides) for spec in inputs)
+    axes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None
+        for spec in inputs
+    )
     try:
         with warnings.catch_warnings(), quiet("torch", "torch.__trace"), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -43,15 +53,20 @@ def trace(module: torch.nn.Module, inputs: Sequence[TensorSpec], *, outputs: Seq
             model = _translate(program, [spec.name for spec in inputs], outputs)
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
         raise ExportError(f"{type(module).__name__}: torch cannot trace it ({first_line(error)}).") from error
-    _name_batch(model.graph)
+    _name_sizes(model.graph, inputs)
     _strip_prefix(model.graph, "module.")
     model.graph.name = type(module).__name__
     return _without_module(normalise(model))
 
 
-def trace_decoder(decoder: torch.nn.Module, latent_shape: tuple[int, int, int]) -> ir.Model:
-    """Export the first stage's decoder: `latents` (batch, C, H, W) -> `images` (batch, c, h, w), both float32."""
-    return trace(decoder, [TensorSpec("latents", "float32", (BATCH, *latent_shape))], outputs=["images"])
+def trace_decoder(decoder: torch.nn.Module, latent_shape: Sequence[int], *, any_size: bool = False) -> ir.Model:
+    """Export the first stage's decoder: `latents` (batch, C, H, W) -> `images` (batch, c, h, w), both float32.
+
+    any_size: H and W are free, those of latent_shape being an example.
+    """
+    channels, height, width = latent_shape
+    shape = (BATCH, channels, *(SIDES if any_size else (height, width)))
+    return trace(decoder, [TensorSpec("latents", "float32", shape)], outputs=["images"], sides=(height, width))
 
 
 def trace_text_encoder(encoder: torch.nn.Module, max_length: int, outputs: Sequence[str]) -> ir.Model:
@@ -120,21 +135,30 @@ def _remove_idle_ops(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _example(spec: TensorSpec) -> torch.Tensor:
-    """Any valid values: tracing depends on shapes and types alone."""
-    shape = [dim if isinstance(dim, int) else _EXAMPLE for dim in spec.shape]
+def _example(spec: TensorSpec, sides: tuple[int, int] | None) -> torch.Tensor:
+    """Any valid values: tracing depends on shapes and types alone. Sides that are free differ, for exporters take equal
+    sizes for one.
+    """
+    sizes: Mapping[str, int] = {}
+    if sides is not None:
+        height, width = sides
+        sizes = dict(zip(SIDES, (height, 2 * width if 2 * width != height else 3 * width), strict=True))
+    shape = [dim if isinstance(dim, int) else sizes.get(dim, _EXAMPLE) for dim in spec.shape]
     return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 
-def _name_batch(graph: ir.Graph) -> None:
-    """torch calls the free dimension s53 or the like; shapes computed from it are left to shape inference."""
-    symbols = {value.shape[0].value for value in graph.inputs if isinstance(value.shape[0], ir.SymbolicDim)}
+def _name_sizes(graph: ir.Graph, inputs: Sequence[TensorSpec]) -> None:
+    """torch calls free dimensions s53 or the like; shapes computed from them are left to shape inference."""
+    names = {
+        dim.value: size
+        for value, spec in zip(graph.inputs, inputs, strict=True)
+        for dim, size in zip(value.shape, spec.shape, strict=True)
+        if isinstance(dim, ir.SymbolicDim)
+    }
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in values:
         if value.shape is not None:
-            value.shape = ir.Shape(
-                dim if isinstance(dim, int) else BATCH if dim.value in symbols else None for dim in value.shape
-            )
+            value.shape = ir.Shape(dim if isinstance(dim, int) else names.get(dim.value) for dim in value.shape)
 
 
 def _without_module(model: ir.Model) -> ir.Model:

@@ -25,7 +25,7 @@ from qncd_deploy.errors import CheckpointError, UsageError, first_line
 from qncd_deploy.models.conditional_unet import ConditionalUNet
 from qncd_deploy.models.first_stage import Codebook, LatentDecoder
 from qncd_deploy.models.folder_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Folder, all_tensors
-from qncd_deploy.models.source import CONTROLNET, LORA, REFINER, TAKES_PICTURES, Condition, SourceModel, Text, size_ids
+from qncd_deploy.models.source import CONTROLNET, LORA, REFINER, TAKES_PICTURES, Condition, SourceModel, Text
 from qncd_deploy.models.text import (
     TOKENIZER_FILES,
     TextEncoder,
@@ -36,6 +36,7 @@ from qncd_deploy.models.text import (
     text_config,
 )
 from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
+from qncd_deploy.subjects import size_ids
 
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15

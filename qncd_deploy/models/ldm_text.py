@@ -27,7 +27,7 @@ from qncd_deploy.checkpoint import Checkpoint, Source, read_checkpoint
 from qncd_deploy.errors import CheckpointError
 from qncd_deploy.models.ldm_config import Section
 from qncd_deploy.models.ldm_layout import BOTH, CLIP, OPEN_CLIP, count_after
-from qncd_deploy.models.source import Text, size_ids
+from qncd_deploy.models.source import Text
 from qncd_deploy.models.text import (
     TOKENIZER_FILES,
     TextEncoder,
@@ -38,6 +38,7 @@ from qncd_deploy.models.text import (
     has_tokenizer,
     read_tokenizer,
 )
+from qncd_deploy.subjects import size_ids
 
 TEXT_STAGES = (CLIP, OPEN_CLIP, BOTH)
 _TEXT = ("cond_stage_model.", "conditioner.")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qncd_deploy.errors import CheckpointError, UsageError
-from qncd_deploy.models.source import SourceModel, size_ids
+from qncd_deploy.models.source import SourceModel
+from qncd_deploy.subjects import check_sides, size_ids
 
 COMPANIONS = ("features.onnx", "features-reference.npz")
 """Files that travel with a checkpoint: the feature network of the Frechet distance and its reference statistics."""
@@ -66,19 +67,11 @@ def load_source(
 
 def _resized(source: SourceModel, height: int | None, width: int | None) -> SourceModel:
     """The same network for pictures of another size. Raises UsageError for one that it would have to pad."""
-    channels, *latent = source.latent_shape
-    factor = source.image_shape[1] // latent[0]
-    multiple = factor * 2 ** (len(source.unet.config.block_out_channels) - 1)
-    sides = []
-    for flag, value, own in (("--height", height, source.image_shape[1]), ("--width", width, source.image_shape[2])):
-        if value is not None and (value < 1 or value % multiple):
-            raise UsageError(
-                f"{flag} {value}: expected a multiple of {multiple}, which the network halves down to whole numbers "
-                f"({own} is its own)."
-            )
-        sides.append(own if value is None else value)
-    image_shape = (source.image_shape[0], *sides)
-    latent_shape = (channels, *(side // factor for side in sides))
+    check_sides(source.image_shape, source.size_multiple, height=height, width=width)
+    channels, own_height, own_width = source.image_shape
+    factor = own_height // source.latent_shape[1]
+    image_shape = (channels, height or own_height, width or own_width)
+    latent_shape = (source.latent_shape[0], image_shape[1] // factor, image_shape[2] // factor)
     text = source.text
     if text is not None and text.facts.time_ids is not None:
         text = replace(text, facts=replace(text.facts, time_ids=size_ids(image_shape)))

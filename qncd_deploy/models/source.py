@@ -12,7 +12,7 @@ import numpy as np
 from qncd_deploy.bundle import TextFacts
 from qncd_deploy.errors import UsageError
 from qncd_deploy.schedule import Schedule
-from qncd_deploy.specs import TensorSpec
+from qncd_deploy.specs import SIDES, TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,12 +88,6 @@ class Text:
         )
 
 
-def size_ids(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """What SDXL is told of a picture (C, H, W): it was that large, is not cropped, and shall be that large."""
-    _, height, width = image_shape
-    return (height, width, 0, 0, height, width)
-
-
 @dataclass(frozen=True, eq=False)
 class SourceModel:
     """A trained model, ready to calibrate and trace.
@@ -121,10 +115,24 @@ class SourceModel:
     notes: tuple[str, ...] = ()
 
     @property
+    def any_size(self) -> bool:
+        """Whether it draws pictures of other sizes than its own: what is told a prompt is used so."""
+        return self.text is not None
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a picture are multiples of, in pixels: the network halves its latents to whole numbers."""
+        factor = self.image_shape[1] // self.latent_shape[1]
+        return factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Graph inputs in the order of the network's own arguments; the batch dimension is free."""
+        """Graph inputs in the order of the network's own arguments; the batch dimension is free, and so are the sides
+        of latents of any size.
+        """
+        channels, *sides = self.latent_shape
         specs = [
-            TensorSpec("sample", "float32", ("batch", *self.latent_shape)),
+            TensorSpec("sample", "float32", ("batch", channels, *(SIDES if self.any_size else sides))),
             TensorSpec("timestep", "float32", ("batch",)),
         ]
         if self.text is not None:

@@ -39,7 +39,8 @@ ASIDE = "unchecked"
 class BuildRequest:
     """What to build, and for whom.
 
-    remainder: None for the backend's own;  batches: pictures at a time, () for the sampler's own;  threads: of a CPU.
+    remainder: None for the backend's own;  batches: pictures at a time, () for the sampler's own;  sizes: of pictures,
+    (height, width), () for the bundle's own;  threads: of a CPU.
     For TensorRT alone: targets ... version_compatible, as in BuildOptions;  check: hold new engines against the float
     network.
     """
@@ -47,6 +48,7 @@ class BuildRequest:
     backend: str
     remainder: Remainder | None = None
     batches: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
     threads: int | None = None
     targets: tuple[str, ...] = ()
     level: int | None = None
@@ -60,6 +62,18 @@ class BuildRequest:
         engines.
         """
         return Effort(self.level, self.workspace, folder.parent)
+
+    def sized(self, bundle: Bundle) -> tuple[Bundle, ...]:
+        """The bundle at each of the sizes. Raises UsageError for one that it does not draw."""
+        try:
+            return tuple(bundle.at_size(height, width) for height, width in self.sizes) or (bundle,)
+        except UsageError as exc:
+            raise UsageError(f"--sizes: {exc}") from exc
+
+    @property
+    def sizes_stem(self) -> str:
+        """What they add to an engine's name."""
+        return "".join(f"{'+' if place else '-'}{width}x{height}" for place, (height, width) in enumerate(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,10 @@ def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progres
     with progress.stage(f"building for {request.backend}"):
         widths = (None,) if bundle.stepping is None else tuple(reversed(bundle.stepping.suffixes))
         return tuple(
-            _blob(bundle, folder, request, batch, bits) for batch in request.batches or (None,) for bits in widths
+            _blob(sized, folder, request, batch, bits)
+            for sized in request.sized(bundle)
+            for batch in request.batches or (None,)
+            for bits in widths
         )
 
 
@@ -132,7 +149,8 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
     planned = sum(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
     version, source = backend_status(find_backend(request.backend)).version, bundle.graph_id(role)
     device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
-    path = folder / f"{engine_id}-{version}-{device}{suffix}-b{batch_size}.blob"
+    size = "" if bundle.sides is None else "-{1}x{0}".format(*bundle.sides)
+    path = folder / f"{engine_id}-{version}-{device}{suffix}-b{batch_size}{size}.blob"
     with bundle.open_network(request.backend, (role,), remainder=request.remainder, threads=request.threads) as engine:
         shapes, seconds = call_shapes(bundle, role, engine.inputs, batch_size), None
         if path.exists():
@@ -169,13 +187,16 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class _Job:
-    """One engine to build. role: of the graph in the bundle;  path: where to;  facts: what it will be."""
+    """One engine to build. role: of the graph in the bundle;  path: where to;  facts: what it will be;
+    bundles: the bundle at the size of each profile.
+    """
 
     role: str
     graph: Path
     path: Path
     options: BuildOptions
     facts: EngineFacts
+    bundles: tuple[Bundle, ...]
 
 
 def _library(request: BuildRequest) -> tuple[Library, Device | None]:
@@ -225,16 +246,20 @@ def _jobs(
     targets = request.targets
     if library.ahead_of_time and device is not None:
         targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
-    batches = request.batches or (default_batch(bundle.manifest.model.latent_shape),)
+    any_size = request.sized(bundle)
+    batches = request.batches or (min(default_batch(each.manifest.model.latent_shape) for each in any_size),)
     own = find_backend(request.backend).role(request.remainder)
     names = {role: (engine_id, role.removeprefix(own)) for role in reversed(bundle.network_roles(own))}
     float_id = make_engine_id(request.backend, "f32")
     names |= {role: (float_id, f"-{role}") for role in bundle.around}
     for role, (engine, part) in names.items():
-        graph, sizes = bundle.file(role), (TEXTS,) if role.startswith("text-encoder") else batches
+        graph, rows = bundle.file(role), (TEXTS,) if role.startswith("text-encoder") else batches
         inputs, _ = graph_specs(library, graph)
+        calls = [(call_shapes(sized, role, inputs, size), sized) for sized in any_size for size in rows]
+        if role in _ONE_SIZE:
+            calls = calls[: len(rows)]
         options = BuildOptions(
-            profiles=tuple(call_shapes(bundle, role, inputs, size) for size in sizes),
+            profiles=tuple(shapes for shapes, _ in calls),
             targets=targets,
             level=request.level,
             workspace=request.workspace,
@@ -244,8 +269,13 @@ def _jobs(
         )
         check_options(library, options)
         facts = EngineFacts.of(library, device, options, source=bundle.graph_id(role))
-        suffix = "+".join(map(str, sizes))
-        yield _Job(role, graph, folder / f"{engine}-{facts.stem}{part}-b{suffix}{SUFFIX}", options, facts)
+        suffix = "+".join(map(str, rows)) + ("" if role in _ONE_SIZE else request.sizes_stem)
+        path = folder / f"{engine}-{facts.stem}{part}-b{suffix}{SUFFIX}"
+        yield _Job(role, graph, path, options, facts, tuple(sized for _, sized in calls))
+
+
+_ONE_SIZE = ("decoder-tile", "text-encoder", "text-encoder-2")
+"""Graphs whose inputs have one size, whatever that of the pictures."""
 
 
 def call_shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, tuple[int, ...]]:
@@ -253,7 +283,8 @@ def call_shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], bat
     latent = tuple(bundle.manifest.model.latent_shape)
     if role in bundle.around:
         (spec,) = inputs.values()
-        return {spec.name: (fixed_rows(spec) or batch, *map(int, spec.shape[1:]))}
+        row = (size if isinstance(size, int) else own for size, own in zip(spec.shape[1:], latent, strict=False))
+        return {spec.name: (fixed_rows(spec) or batch, *row)}
     rows = batch if bundle.guidance() == 1 else 2 * batch
     return input_shapes(inputs, rows=rows, state=latent, conditions=bundle.embedding)
 
@@ -304,7 +335,7 @@ def _built(
 def _checked(job: _Job, place: Path, gate: Gate) -> Parity:
     """What the gate measures. An engine that fails it goes; one that it cannot measure stays where it lies."""
     try:
-        return gate(job.role, place, job.options, place=job.path)
+        return gate(job.role, place, job.options, bundles=job.bundles, place=job.path)
     except GateFailed:
         drop_stored(place)
         raise

@@ -165,7 +165,10 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
 
 
 def _write_network(folder: Path, network: FloatNetwork, quantized: Quantized) -> None:
-    save_siblings(quantized.graphs, folder)
+    graphs, rules = quantized.graphs, network.size_rules
+    if rules is not None:
+        graphs = {name: rules.free(graph.clone()) for name, graph in graphs.items()}
+    save_siblings(graphs, folder)
     _write_decoders(folder, network)
     if (values := _class_tokens(network)) is not None:
         np.save(folder / "class-embedding.npy", values, allow_pickle=False)

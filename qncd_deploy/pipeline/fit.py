@@ -260,7 +260,7 @@ def _recording(bundle: Bundle, sampler: Sampler, draw: Draw) -> dict[str, Any]:
     key = sampler.table.key
     held = bundle.manifest.files
     return {
-        "key": {**asdict(key), "plan_sha": ""},
+        "key": {**key.to_json(), "plan_sha": ""},
         "model": asdict(bundle.manifest.model),
         "files": {role: held[name].sha256 for role, name in bundle.manifest.roles.items() if role in CONDITION_ROLES},
         "version": backend_status(find_backend(key.backend.rpartition("-")[0])).version,

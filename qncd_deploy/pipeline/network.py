@@ -17,6 +17,7 @@ from qncd_deploy.engines.decoder import tile_shape
 from qncd_deploy.errors import CheckpointError, ExportError, UsageError, first_line
 from qncd_deploy.export.graph import Inputs, find_inputs, find_sites, macs_by_layer
 from qncd_deploy.export.passes.normalise import normalise
+from qncd_deploy.export.passes.sizes import SizeRules, at_size
 from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace, trace_decoder
 from qncd_deploy.models.load import load_source
@@ -27,7 +28,7 @@ from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.qncd import ResBlock
 from qncd_deploy.sample import labels_for
 from qncd_deploy.schedule import Schedule, scheduler_name_from_diffusers
-from qncd_deploy.specs import Conditions, TensorSpec
+from qncd_deploy.specs import SIDES, Conditions, TensorSpec
 from qncd_deploy.steps import SamplerConfig, make_steps
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ FEW_STEPS = 4
 class FloatNetwork:
     """A float graph in normal form with what its structure says, and the facts of the model around it.
 
-    schedule: None for a graph that came without one.  embedding: what the network is told of every class, (classes,
+    schedule: None for a graph that came without one.  size_rules: what frees the model's sizes again, None where it has
+    one only; the decoder's are free then.  embedding: what the network is told of every class, (classes,
     ...) by graph input; of a text model, every prompt.  prompts: those, without the negative one;  encoders: what made
     the rows of them.  files: what it was read from, by a name for the manifest.  companions: files that go into the
     bundle as they are.
@@ -63,6 +65,7 @@ class FloatNetwork:
     files: Mapping[str, Path]
     decoder: ir.Model | None = None
     decoder_tile: ir.Model | None = None
+    size_rules: SizeRules | None = None
     embedding: Mapping[str, np.ndarray] | None = None
     prompts: tuple[str, ...] = ()
     encoders: tuple[TextEncoder, ...] = ()
@@ -102,8 +105,12 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
     sampler = SamplerConfig(source.scheduler, options.n_steps, options.eta)
     make_steps(schedule, sampler)  # refuses a wrong number of steps before minutes are spent
     told = _told_by_prompts(source.text, options) if source.text is not None else _told_by_classes(source, options)
-    model = trace(source.unet, source.input_specs)
-    decoder = None if source.decoder is None else trace_decoder(source.decoder, source.latent_shape)
+    model, rules = trace(source.unet, source.input_specs, sides=source.latent_shape[1:]), None
+    if source.any_size:
+        model, rules = at_size(model, dict(zip(SIDES, source.latent_shape[1:], strict=True)))
+    decoder = None
+    if source.decoder is not None:
+        decoder = trace_decoder(source.decoder, source.latent_shape, any_size=source.any_size)
     tiles = None if source.decoder is None else tile_shape(source.latent_shape, source.image_shape)
     tile = None if source.decoder is None or tiles is None else trace_decoder(source.decoder, tiles)
     inputs = find_inputs(model, sample="sample", timestep="timestep")
@@ -122,10 +129,12 @@ def _from_checkpoint(options: ExportOptions) -> FloatNetwork:
             guidance_scale=_guidance(source, told.condition, options),
             condition=told.condition,
             text=None if source.text is None else source.text.facts,
+            size_multiple=source.size_multiple if source.any_size else None,
         ),
         schedule=schedule,
         files={**source.files, **({} if options.prompts_file is None else {"prompts": options.prompts_file})},
         decoder=decoder,
+        size_rules=rules,
         embedding=told.rows,
         prompts=told.prompts,
         encoders=() if source.text is None else source.text.encoders,

@@ -140,7 +140,8 @@ def _case_around(bundle: Bundle, role: str, backend: str, latents: np.ndarray) -
     with bundle.open_part(backend, role) as engine:
         (spec,), output = engine.inputs.values(), next(iter(engine.outputs))
         if len(spec.shape) == 4:
-            fed = latents[:, :, : spec.shape[2], : spec.shape[3]]
+            height, width = (size if isinstance(size, int) else None for size in spec.shape[2:])
+            fed = latents[:, :, :height, :width]
         else:
             fed = np.resize(_prompt_ids(bundle, role), (len(latents), *spec.shape[1:]))
         feeds = {spec.name: np.ascontiguousarray(fed, dtype=spec.dtype)}
@@ -211,21 +212,23 @@ class Gate:
         self._bundle = bundle
         self._backend = find_backend(backend)
         self._remainder = remainder or self._backend.remainders[0]
-        self._cases: dict[str, Case] = {}
+        self._cases: dict[tuple[int, int] | None, Mapping[str, Case]] = {}
         self._arrays = open_arrays()
 
-    def __call__(self, role: str, stored: Path, options: BuildOptions, *, place: Path) -> Parity:
+    def __call__(
+        self, role: str, stored: Path, options: BuildOptions, *, bundles: Sequence[Bundle], place: Path
+    ) -> Parity:
         """The engine's errors, the largest of its profiles'.
 
-        role: of its graph in the bundle;  stored: where it lies, built with these options;  place: where it is going
-        to lie, for messages.
+        role: of its graph in the bundle;  stored: where it lies, built with these options;  bundles: the bundle at the
+        size of each profile;  place: where the engine is going to lie, for messages.
 
         Raises: GateFailed, with the first layer that goes wrong, if it must not be used;  EngineError if it cannot run,
         and whatever the float network's run raises.
         """
         # before the engine is loaded: a small board has no memory for both
         found: list[tuple[Parity, Case, Shapes]] = []
-        cases = self._recorded(role, [max(shapes.values(), key=len)[0] for shapes in options.profiles])
+        cases = self._recorded(role, bundles, [max(shapes.values(), key=len)[0] for shapes in options.profiles])
         remainder: Remainder = "f32" if role in self._bundle.around else self._remainder
         with open_engine(self._backend.name, self._bundle.file(role), remainder=remainder) as engine:
             engine.load_blob(stored, source=self._bundle.graph_id(role))
@@ -244,15 +247,16 @@ class Gate:
                 )
         return max((parity for parity, *_ in found), key=lambda parity: max(parity.errors))
 
-    def _recorded(self, role: str, sizes: Sequence[int]) -> list[Case]:
-        """What was recorded, cut to each profile's rows."""
-        rows = max(sizes)
+    def _recorded(self, role: str, bundles: Sequence[Bundle], rows: Sequence[int]) -> list[Case]:
+        """What was recorded of each profile's bundle, cut to its rows."""
         own, around = self._backend.role(self._remainder), role in self._bundle.around
         part = role if around else f"unet{role.removeprefix(own)}"
-        if part not in self._cases or len(self._cases[part].exact[0]) < rows:
-            guided = self._bundle.guidance() != 1
-            self._cases = record(self._bundle, rows=2 * rows if guided and around else rows)
-        return [self._cases[part].rows(size) for size in sizes]
+        most = max(rows) * (2 if around and self._bundle.guidance() != 1 else 1)
+        for bundle in bundles:
+            held = self._cases.get(bundle.sides, {})
+            if part not in held or len(held[part].exact[0]) < max(rows):
+                self._cases[bundle.sides] = record(bundle, rows=most)
+        return [self._cases[bundle.sides][part].rows(count) for bundle, count in zip(bundles, rows, strict=True)]
 
     def _first_wrong(
         self, role: str, parity: Parity, case: Case, shapes: Shapes, built_with: BuildOptions
