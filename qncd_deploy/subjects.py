@@ -74,9 +74,12 @@ def at_size(facts: ModelFacts, *, height: int | None = None, width: int | None =
     Raises: UsageError for a size that the network does not draw.
     """
     own = facts.picture_shape
-    if (height, width) == (None, None) or (own is not None and (height or own[1], width or own[2]) == own[1:]):
+    usual = (None, None) if own is None else own[1:]
+    asked = zip(("--height", "--width"), (height, width), usual, strict=True)
+    changed = [(flag, side) for flag, side, mine in asked if side not in (None, mine)]
+    if not changed:
         return facts
-    flag, side = ("--height", height) if height is not None else ("--width", width)
+    flag, side = changed[0]
     if own is None:
         raise UsageError(f"{flag} {side}: the network draws latents, which have no size in pixels. Leave it out.")
     if facts.size_multiple is None:

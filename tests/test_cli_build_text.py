@@ -62,6 +62,66 @@ def test_engines_of_all_that_prompts_need_are_built_checked_and_taken(
     assert len(machine.builds) == builds, "an engine was built although there was one"
 
 
+def test_one_engine_takes_several_sizes_of_pictures(tmp_path: Path, machine: Machine) -> None:
+    """Two encoders, so that the network is told the size, too."""
+    words = write_text_bundle(tmp_path / "words-w8a8", encoders=2, any_size=True)
+    shelf = ("--backend", "tensorrt", "--remainder", "f32", "--engine-dir", tmp_path / "engines")
+    done = qncd("build", words, *shelf, "--no-fit", "--batch", "1,2", "--sizes", "64x64,96x64", "--json")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)["engines"]
+    both = "-64x64+96x64"
+    ends = {"": both, "-decoder": both, "-decoder-tile": "", "-text-encoder": "", "-text-encoder-2": ""}
+    for engine, (part, size) in zip(made, ends.items(), strict=True):
+        assert Path(engine["path"]).stem.endswith(f"{part}-b{'2' if 'text' in part else '1+2'}{size}")
+        assert max(engine["parity"]["errors"]) < 1e-5  # of the largest profile: float32, in another order
+    facts = json.loads(Path(made[0]["path"]).with_suffix(".json").read_text())
+    assert [profile["sample"] for profile in facts["profiles"]] == [
+        [rows, 4, 8, width] for width in (8, 12) for rows in (2, 4)
+    ]
+    builds = len(machine.builds)
+    out = tmp_path / "p.npz"
+    asked = ("--prompt", "red dog", "--prompt", "mars", "--height", 64, "--width", 96, "--correction", "off", "-o", out)
+    found = []
+    for engine in (shelf, ("--backend", "onnxruntime", "--engine-dir", tmp_path / "none")):
+        done = qncd("sample", words, *asked, *engine, "--batch-size", 2)
+        assert done.code == 0, done.err
+        with np.load(out) as held:
+            found.append(held["latents"])
+            assert held["images"].shape == (2, 64, 96, 3)
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4 * np.abs(found[1]).max())
+    assert len(machine.builds) == builds, "an engine was built although there was one"
+    done = qncd("sample", words, *shelf, "--height", 128, "--correction", "off", "-o", out)
+    assert done.code == 1 and "Build one for that, too, with `qncd build --batch` and --sizes" in done.err
+    assert (
+        qncd("bench", words, "--backend", "onnxruntime", "--width", 96, "--eval-size", 2, "--rounds", 1, "--json").code
+        == 0
+    )
+
+
+def test_an_engine_of_another_size_is_refused_with_what_to_build(tmp_path: Path, machine: Machine) -> None:
+    words = write_text_bundle(tmp_path / "words-w8a8", any_size=True)
+    shelf = ("--backend", "tensorrt", "--remainder", "f32", "--engine-dir", tmp_path / "engines")
+    assert qncd("build", words, *shelf, "--no-fit", "--batch", 1, "--sizes", "96x64").code == 0
+    done = qncd("sample", words, *shelf, "-n", 1, "--height", 128, "--correction", "off", "-o", tmp_path / "p.npz")
+    assert done.code == 1
+    assert "takes 4x8x12, not 4x16x8. Build one for this size, too: `qncd build" in done.err
+    assert "--sizes 64x128`" in done.err
+
+
+@pytest.mark.parametrize(
+    ("any_size", "sizes", "words"),
+    [
+        (True, "64", "expected sizes such as 768x512, width first"),
+        (True, "72x64", "--sizes: --width 72: expected a multiple of 16"),
+        (False, "96x64", "--sizes: --width 96: the bundle draws 64 x 64 pixels (height x width) and no other size"),
+    ],
+)
+def test_sizes_that_cannot_be_built(tmp_path: Path, any_size: bool, sizes: str, words: str, machine: Machine) -> None:
+    bundle = write_text_bundle(tmp_path / "words-w8a8", any_size=any_size)
+    done = qncd("build", bundle, "--backend", "tensorrt", "--sizes", sizes, "--engine-dir", tmp_path / "engines")
+    assert done.code == 2 and words in " ".join(done.err.split())
+
+
 def test_engines_of_text_encoders_are_built_ahead_of_time(words: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed (x86-64 only)")
     args = ("--backend", "tensorrt-rtx", "--target", "sm86", "--remainder", "f32", "--batch", 1)

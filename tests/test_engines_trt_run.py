@@ -106,8 +106,8 @@ def test_stored_engines_are_used_and_nothing_is_built(network: Path, machine: Ma
     assert machine.builds == [] and machine.read == []  # neither takes a builder
     assert str(refused.value) == (
         f"{network}: the engines built for it take x 2x8x16x16, t 2, c 2x1x12; or x 4x8x16x16, t 4, c 4x1x12; or "
-        "x 6x8x16x16, t 6, c 6x1x12; x 3x8x16x16, t 3, c 3x1x12 was asked for. Build one for that batch size, too, "
-        "with `qncd build`, or choose a --batch-size that there is."
+        "x 6x8x16x16, t 6, c 6x1x12; x 3x8x16x16, t 3, c 3x1x12 was asked for. Build one for that, too, with "
+        "`qncd build --batch` and --sizes, or choose a --batch-size and a size that there are."
     )
 
 

@@ -13,9 +13,13 @@ pytest.importorskip("diffusers", reason="exporting needs diffusers")
 ir = pytest.importorskip("onnx_ir", reason="exporting needs onnx-ir")
 onnxruntime = pytest.importorskip("onnxruntime", reason="graphs are run with ONNX Runtime")
 
+import onnx  # noqa: E402
 from diffusers import UNet2DConditionModel  # noqa: E402
+from export_helpers import feeds_for, minmax_plan, run  # noqa: E402
 
 from qncd_deploy.errors import ExportError  # noqa: E402
+from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
+from qncd_deploy.export.passes.ort_sibling import OrtSibling  # noqa: E402
 from qncd_deploy.export.passes.sizes import SizeRules, at_size  # noqa: E402
 from qncd_deploy.export.trace import trace  # noqa: E402
 from qncd_deploy.specs import SIDES, TensorSpec  # noqa: E402
@@ -99,3 +103,21 @@ def test_a_tensor_whose_size_is_asked_for_must_be_there(fixed: tuple[ir.Model, S
                 output.name = "elsewhere"
     with pytest.raises(ExportError, match=rf"{asked} is gone, whose size"):
         rules.free(model)
+
+
+def test_engines_fuse_as_much_as_at_one_size(
+    unet: torch.nn.Module, fixed: tuple[ir.Model, SizeRules], tmp_path: Path
+) -> None:
+    """A convolution whose float output is read before it is rounded, if only for its size, is computed in float."""
+    model, rules = fixed[0].clone(), fixed[1]
+    plan = minmax_plan(model, feeds_for(specs(8, 8), 2))
+    InsertQDQ(plan)(model)
+    OrtSibling(plan)(model)
+    found = []
+    for number, graph in enumerate((model, rules.free(model.clone()))):
+        run(graph, feeds_for(specs(8, 8), 2), fused=tmp_path / f"{number}.onnx")
+        fused = onnx.load(tmp_path / f"{number}.onnx", load_external_data=False)
+        found.append(Counter(node.op_type for node in fused.graph.node))
+    integer = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QuantizeLinear")
+    assert [{op: ops[op] for op in integer} for ops in found[1:]] == [{op: found[0][op] for op in integer}]
+    assert found[0]["QLinearConv"] == sum(layer.op == "Conv" for layer in plan.quantized)

@@ -20,13 +20,14 @@ from qncd_deploy.export.graph import find_sites
 from qncd_deploy.export.passes.half import HalfRemainder
 from qncd_deploy.export.passes.insert_qdq import InsertQDQ
 from qncd_deploy.export.passes.shift import ShiftZeroPoints
+from qncd_deploy.export.passes.sizes import at_size
 from qncd_deploy.export.passes.smooth import FoldSmoothing
 from qncd_deploy.export.passes.split import SplitShortcuts
 from qncd_deploy.export.resblocks import find_resblocks
 from qncd_deploy.export.trace import trace
 from qncd_deploy.export.verify import TENSORRT, verify
 from qncd_deploy.quant.plan import QuantPlan
-from qncd_deploy.specs import TensorSpec
+from qncd_deploy.specs import SIDES, TensorSpec
 
 pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed (x86-64 only)")
 
@@ -83,6 +84,26 @@ def test_small_networks_build(kind, bits, zero_points, library, tmp_path):
         model, feeds, weight_bits=bits[0], act_bits=bits[1], asymmetric=True, eight_bits_asymmetric=zero_points
     )
     assert_kernels_are_the_plans(build_sibling(library, model, plan, tmp_path), plan)
+
+
+def test_one_engine_of_two_sizes_runs_the_plan_in_both(library, tmp_path):
+    module, specs, _ = traced("additive")
+    sample, *others = specs
+    channels, *sides = sample.shape[1:]
+    free = [TensorSpec(sample.name, sample.dtype, ("batch", channels, *SIDES)), *others]
+    model, rules = at_size(trace(module, free, sides=tuple(sides)), dict(zip(SIDES, sides, strict=True)))
+    plan = minmax_plan(model, feeds_for(specs, 2))
+    InsertQDQ(plan)(model)
+    HalfRemainder()(model)
+    saved({"unet-trt.onnx": rules.free(model)}, tmp_path)
+    sizes = (sides, [sides[0], 2 * sides[1]])
+    profiles = tuple(
+        {spec.name: (2, channels, *size) if spec is sample else (2, *spec.shape[1:]) for spec in specs}
+        for size in sizes
+    )
+    built = build(library, tmp_path / "unet-trt.onnx", BuildOptions(profiles, TARGETS))
+    assert sorted(p.layer for p in built.demands.products if p.planned) == sorted(each.name for each in plan.quantized)
+    assert built.table.planned == len(plan.quantized) and built.table.missed == () == built.table.float_products
 
 
 def test_a_split_convolution_is_two_integer_kernels(library, tmp_path):

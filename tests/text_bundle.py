@@ -26,8 +26,8 @@ PROMPTS = ("a photo of the cat", "dog on mars", "watercolour")
 SIZES = (64, 64, 0, 0, 64, 64)
 SCHEDULE = Schedule.scaled_linear(0.00085, 0.012)
 UNET = """<ir_version: 9, opset_import: ["" : 18]>
-net (float[batch,4,8,8] sample, float[batch] timestep, float[batch,77,WIDTH] encoder_hidden_states MORE)
-    => (float[batch,4,8,8] out) {
+net (float[batch,4,SIDES] sample, float[batch] timestep, float[batch,77,WIDTH] encoder_hidden_states MORE)
+    => (float[batch,4,SIDES] out) {
     mean = ReduceMean<keepdims=0>(encoder_hidden_states, axis1)
     told = MatMul(mean, W)
     BODY
@@ -48,7 +48,7 @@ encode (int64[batch,77] input_ids) => (float[batch,77,WIDTH] hidden MORE) {
     BODY
 }"""
 DECODER = """<ir_version: 9, opset_import: ["" : 18]>
-decode (float[batch,4,SIDE,SIDE] latents) => (float[batch,3,PIXELS,PIXELS] images) {
+decode (float[batch,4,SIDES] latents) => (float[batch,3,PIXELS] images) {
     y = Conv(latents, w)
     images = Resize<mode="nearest",coordinate_transformation_mode="asymmetric",nearest_mode="floor">(y, , factors)
 }"""
@@ -93,8 +93,12 @@ def output(x: np.ndarray, told: dict[str, np.ndarray], encoders: int) -> np.ndar
     return 0.5 * x + shift[:, :, None, None]
 
 
-def write_text_bundle(folder: Path, *, encoders: int = 1, guidance: float = 7.5, n_steps: int = 4) -> Path:
-    """A bundle as it is exported, but for the quantization, with two encoders as of SDXL."""
+def write_text_bundle(
+    folder: Path, *, encoders: int = 1, guidance: float = 7.5, n_steps: int = 4, any_size: bool = False
+) -> Path:
+    """A bundle as it is exported, but for the quantization, with two encoders as of SDXL. any_size: of pictures whose
+    sides are multiples of 16; else of 64 x 64 only.
+    """
     folder.mkdir(parents=True)
     held, width = arrays(encoders), sum(WIDTHS[:encoders])
     pooling = encoders > 1
@@ -102,11 +106,14 @@ def write_text_bundle(folder: Path, *, encoders: int = 1, guidance: float = 7.5,
     constants = {"axis1": np.array([1]), "axes23": np.array([2, 3]), "half": np.float32(0.5)}
     weights = {name: held[name] for name in ("W", "V", "U")[: 3 if pooling else 1]}
     body = POOLING if pooling else PLAIN
+    sides = ("height", "width") if any_size else LATENT[1:]
     text = UNET.replace("WIDTH", str(width)).replace("MORE", inputs).replace("BODY", body)
+    text = text.replace("SIDES", ",".join(map(str, sides)))
     for name in ("unet", "unet-ort", "unet-float"):
         _save(folder / f"{name}.onnx", text, {**constants, **weights})
-    for name, side in (("vae-decoder", 8), ("vae-decoder-tile", 5)):
-        text = DECODER.replace("SIDE", str(side)).replace("PIXELS", str(8 * side))
+    for name, latent in (("vae-decoder", sides), ("vae-decoder-tile", (5, 5))):
+        pixels = [8 * side if isinstance(side, int) else f"{side}8" for side in latent]
+        text = DECODER.replace("SIDES", ",".join(map(str, latent))).replace("PIXELS", ",".join(map(str, pixels)))
         _save(folder / f"{name}.onnx", text, {"w": held["w"], "factors": np.array([1, 1, 8, 8], np.float32)})
     facts = TextFacts(encoders, TOKENS, time_ids=SIZES if pooling else None, zero_null=False)
     roles = {"master": "unet.onnx", "ort": "unet-ort.onnx", "float": "unet-float.onnx", "decoder": "vae-decoder.onnx"}
@@ -125,7 +132,10 @@ def write_text_bundle(folder: Path, *, encoders: int = 1, guidance: float = 7.5,
     told = condition([*PROMPTS, ""], encoders)
     save_npz(folder / "prompt-embedding.npz", told)
     (folder / "plan.json").write_text(json.dumps({"schema": 1, "format": "w8a8", "layers": []}))
-    specs = [TensorSpec("sample", "float32", ("batch", *LATENT)), TensorSpec("timestep", "float32", ("batch",))]
+    specs = [
+        TensorSpec("sample", "float32", ("batch", LATENT[0], *sides)),
+        TensorSpec("timestep", "float32", ("batch",)),
+    ]
     specs += [TensorSpec(name, "float32", ("batch", *rows.shape[1:])) for name, rows in told.items()]
     model = ModelFacts(
         family="diffusers",
@@ -137,6 +147,7 @@ def write_text_bundle(folder: Path, *, encoders: int = 1, guidance: float = 7.5,
         guidance_scale=guidance,
         condition=ConditionFacts("text", len(PROMPTS) + 1, len(PROMPTS)),
         text=facts,
+        size_multiple=16 if any_size else None,
     )
     write_manifest(folder, Manifest("words", "w8a8", model, roles, {"unet": "ab"}, {}, 0, {}))
     return folder

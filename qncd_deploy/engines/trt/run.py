@@ -129,8 +129,8 @@ class TrtEngine(BaseEngine):
             sizes = "; or ".join(held.engine.sizes() for held in self._held)
             asked = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'a scalar'}" for name, shape in shapes.items())
             raise EngineError(
-                f"{self.path}: the engines built for it take {sizes}; {asked} was asked for. Build one for that batch "
-                "size, too, with `qncd build`, or choose a --batch-size that there is."
+                f"{self.path}: the engines built for it take {sizes}; {asked} was asked for. Build one for that, too, "
+                "with `qncd build --batch` and --sizes, or choose a --batch-size and a size that there are."
             )
         log.info("building an engine of %s for this run alone; `qncd build` makes one to keep.", self.path.name)
         device, effort = self.arrays.device, self.effort

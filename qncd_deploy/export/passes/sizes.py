@@ -55,7 +55,7 @@ class SizeRules:
         values = {value.name: value for value in graph.inputs}
         values |= {output.name: output for node in graph for output in node.outputs}
         users = {node.outputs[0].name: node for node in graph}
-        known = dict(values)
+        known = {name: _quantized_twin(value) for name, value in values.items()}
         known |= {name: initializer(graph, f"{_PREFIX}{name}", array) for name, array in self.constants.items()}
         for rule in self.nodes:
             if gone := [name for name in rule.inputs if name is not None and name not in known]:
@@ -111,6 +111,17 @@ def _rules(graph: ir.Graph) -> SizeRules:
         places = enumerate(node.inputs)
         targets |= {(node.outputs[0].name, at): v.name for at, v in places if v is not None and v.name in computed}
     return SizeRules({value.name: value.shape for value in graph.inputs}, tuple(nodes), constants, targets)
+
+
+def _quantized_twin(value: ir.Value) -> ir.Value:
+    """What all read that reads a tensor whose maker is to be fused with its rounding: one reader more before the
+    rounding, of its size alone, and engines compute both in float. The tensor itself where there is no such thing.
+    """
+    users = value.consumers()
+    if not users or any(user.op_type != "QuantizeLinear" for user in users):
+        return value
+    back = [user for user in users[0].outputs[0].consumers() if user.op_type == "DequantizeLinear"]
+    return back[0].outputs[0] if back else value
 
 
 def _of_any_size(shape: ir.Shape) -> ir.Shape:
