@@ -1,11 +1,12 @@
 """A TensorRT that is not there, on fake_cupy's device: its protocol of named tensors, addresses and streams.
 
-A plan is JSON that names an ONNX graph; ONNX Runtime computes it, on what the bound addresses hold when the stream
+A plan is JSON that holds an ONNX graph; ONNX Runtime computes it, on what the bound addresses hold when the stream
 comes to it. What the library refuses with None or False and a line in its log is refused so here.
 """
 
 from __future__ import annotations
 
+import base64
 import enum
 import json
 import tempfile
@@ -52,7 +53,8 @@ def plan(
     version_compatible: bool = False,
 ) -> bytes:
     """What a builder would have made of a graph."""
-    facts = {"graph": str(graph), "profiles": list(profiles), "version": version, "device": device, "kind": kind}
+    model = base64.b64encode(onnx.load(graph).SerializeToString()).decode()
+    facts = {"graph": model, "profiles": list(profiles), "version": version, "device": device, "kind": kind}
     facts["version_compatible"] = version_compatible
     return b"PLAN" + json.dumps(facts).encode()
 
@@ -125,7 +127,7 @@ class Engine:
         self.log = log
         self.version = facts["version"]
         self.profiles = facts["profiles"]
-        self.session = ort.InferenceSession(facts["graph"], providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(base64.b64decode(facts["graph"]), providers=["CPUExecutionProvider"])
         self.nodes = {node.name: node for node in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.input_names = [node.name for node in self.session.get_inputs()]
         self.num_io_tensors = len(self.nodes)

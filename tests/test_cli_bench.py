@@ -220,10 +220,13 @@ def test_on_a_gpu_alone_speedups_are_over_the_same_network_in_float16(
     found = rows(done.out)
     assert list(found) == names and json.loads(done.out)["baseline"] == names[1]
     built = [name for name, *_ in machine.asked if "decoder" not in name]
-    assert built == ["unet-float.onnx", "unet-half.onnx", "unet-ort.onnx", "unet.onnx"]
+    assert built == ["unet-half.onnx", "unet-float.onnx", "unet-ort.onnx", "unet.onnx"]
     assert found[names[1]]["figures"]["psnr"]["value"] > 40  # float16 of the float twin
     assert found[names[2]]["figures"]["psnr"]["value"] < 40
     assert sorted(path.name for path in planned.iterdir()) == before
+    machine.asked.clear()
+    assert rows(qncd("bench", planned, "--backend", "tensorrt", *args).out).keys() == found.keys()
+    assert not any("half" in name for name, *_ in machine.asked), "its engine was kept"
     for more in (["--backend", "onnxruntime"], ["--remainder", "f32"]):
         done = qncd("bench", planned, "--backend", "tensorrt", *more, *args)
         assert not any("baseline" in name for name in rows(done.out)), more

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -32,7 +33,7 @@ from qncd_deploy.evaluate.bench import bench
 from qncd_deploy.evaluate.bench_result import BenchResult, bench_table
 from qncd_deploy.evaluate.compare import Variant
 from qncd_deploy.evaluate.judge import Draw
-from qncd_deploy.pipeline.build import FLAVOURS
+from qncd_deploy.pipeline.build import FLAVOURS, BuildRequest, build
 from qncd_deploy.pipeline.results import check_output, write_results
 from qncd_deploy.runtime import Bundle
 
@@ -99,7 +100,8 @@ def bench_command(
 ) -> None:
     """Time the float32 twin, the quantized network and a baseline side by side, with their accuracy.
 
-    Engines that `qncd build` made for the batch size are used, others are compiled for the run. The gates are about the
+    Engines that `qncd build` made for the batch size are used, others are compiled for the run; those of a float16
+    baseline that was not named are kept in ENGINE_DIR/NAME-FORMAT-half. The gates are about the
     first engine measured and its first precision of the float layers: its speedup over the baseline in the same
     precision, or over the float32 twin where there is none, and its pictures against the float32 twin's.
     """
@@ -118,7 +120,15 @@ def bench_command(
         return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
 
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
-    with _baseline(opened, other, engines) as other, Bars().stage("bench") as tick:
+    request = BuildRequest(
+        "tensorrt",
+        batches=(batch_size,),
+        sizes=() if opened.sides is None else (opened.sides,),
+        level=level,
+        workspace=opened.effort.workspace,
+        check=False,
+    )
+    with _baseline(opened, other, engines, engine_dir, request) as other, Bars().stage("bench") as tick:
         variants = _variants(opened, other, engines, stored)
         result = bench(
             opened,
@@ -148,10 +158,14 @@ def bench_command(
 
 @contextmanager
 def _baseline(
-    bundle: Bundle, named: Bundle | None, engines: Mapping[str, Sequence[Remainder]]
+    bundle: Bundle,
+    named: Bundle | None,
+    engines: Mapping[str, Sequence[Remainder]],
+    engine_dir: Path,
+    request: BuildRequest,
 ) -> Iterator[Bundle | None]:
     """What was named; else, where TensorRT alone runs a quantized network with a float16 rest, that network in float16,
-    if this machine can make it.
+    if this machine can make it. Its engines are built as in `request` and kept among the others for the next time.
     """
     half_first = all(name in FLAVOURS and asked[0] == "f16" for name, asked in engines.items())
     quantized = any(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
@@ -169,6 +183,8 @@ def _baseline(
         yield None
         return
     with half_twin(bundle) as twin:
+        for name in engines:
+            build(twin, engine_dir / twin.path.name, replace(request, backend=name), Bars())
         yield twin
 
 

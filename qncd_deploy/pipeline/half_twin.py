@@ -30,7 +30,7 @@ def half_twin(bundle: Bundle) -> Iterator[Bundle]:
     """
     manifest = bundle.manifest
     with tempfile.TemporaryDirectory(prefix="qncd-") as scratch:
-        folder = Path(scratch) / f"{bundle.path.resolve().name}-half"  # a name of its own: nothing stored is of it
+        folder = Path(scratch) / f"{bundle.path.resolve().name}-half"  # a name of its own, as its engines have
         folder.mkdir()
         for name in manifest.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
