@@ -14,7 +14,7 @@ from typing import Any
 
 from qncd_deploy.errors import BundleError
 from qncd_deploy.files import atomic_file, canonical_json, sha256_file
-from qncd_deploy.specs import TensorSpec
+from qncd_deploy.specs import SIDES, TensorSpec
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -95,6 +95,15 @@ class ModelFacts:
     condition: ConditionFacts | None
     text: TextFacts | None = None
     size_multiple: int | None = None
+
+    @property
+    def sized_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs, with the sides of latent_shape where they are free."""
+        sides = dict(zip(SIDES, self.latent_shape[1:], strict=False))  # a bare graph may have no latents
+        return tuple(
+            replace(spec, shape=tuple(sides.get(size, size) if isinstance(size, str) else size for size in spec.shape))
+            for spec in self.inputs
+        )
 
     @property
     def picture_shape(self) -> tuple[int, ...] | None:

@@ -21,7 +21,7 @@ from qncd_deploy.bundle import (
     write_manifest,
 )
 from qncd_deploy.errors import BundleError
-from qncd_deploy.specs import TensorSpec
+from qncd_deploy.specs import SIDES, TensorSpec
 
 MODEL = ModelFacts(
     family="compvis-ldm",
@@ -55,6 +55,14 @@ def folder(tmp_path: Path) -> Path:
     (folder / "plan.json").write_text("{}")
     write_manifest(folder, MANIFEST)
     return folder
+
+
+def test_free_sides_are_those_of_the_latents() -> None:
+    """What counts the numbers of a row, to run as many rows as memory holds, must not take them for one."""
+    fixed = replace(MODEL, latent_shape=(4, 8, 12), inputs=(TensorSpec("sample", "float32", ("batch", 4, 8, 12)),))
+    free = replace(fixed, inputs=(TensorSpec("sample", "float32", ("batch", 4, *SIDES)),))
+    assert free.sized_inputs == fixed.sized_inputs == fixed.inputs
+    assert replace(free, latent_shape=(4, 2, 2)).sized_inputs[0].shape == ("batch", 4, 2, 2)
 
 
 def edit(folder: Path, **changes: object) -> None:

@@ -103,7 +103,9 @@ def text_to_picture(bundle: Bundle, unet: Any, scheduler: Any, *, steps: int, et
     return pipe(
         prompt_embeds=told[:COUNT],
         negative_prompt_embeds=told[-1:].repeat(COUNT, 1, 1),
-        latents=torch.from_numpy(PictureNoise(SEED, range(COUNT), LATENT).initial()),
+        height=bundle.manifest.model.image_shape[1],
+        width=bundle.manifest.model.image_shape[2],
+        latents=torch.from_numpy(PictureNoise(SEED, range(COUNT), bundle.manifest.model.latent_shape).initial()),
         num_inference_steps=steps,
         guidance_scale=bundle.guidance(),
         eta=eta,
@@ -256,6 +258,24 @@ def latents_of(pipe: Any, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, sh
     pipe.set_progress_bar_config(disable=True)
     pipe(batch_size=len(noise), num_inference_steps=5, output_type="np")
     return seen[-1].prev_sample.numpy()
+
+
+def test_pictures_of_another_size(tmp_path: Path) -> None:
+    own = Bundle.open(write_text_bundle(tmp_path / "words", any_size=True))
+    wide = own.at_size(width=96)
+    tables = [fitted(wide, "affine", tmp_path)]
+    with wide.sampler(BACKEND, tables=tables) as sampler:
+        expected = sampler.sample(COUNT, seed=SEED).latents
+    assert expected.shape == (COUNT, 4, 8, 12)
+    scheduler = QncdScheduler.from_bundle(wide, SCHEDULERS["ddim"], backend=BACKEND, tables=tables)
+    unet = QncdUNet.from_bundle(own, BACKEND)
+    np.testing.assert_allclose(text_to_picture(wide, unet, scheduler, steps=4), expected, **CLOSE)
+    with pytest.raises(
+        ScheduleError, match=r"the sample is \[4, 8, 8\], correction affine was fitted for \[4, 8, 12\]"
+    ):
+        text_to_picture(own, unet, scheduler, steps=4)
+    with pytest.raises(UsageError, match=r"the network takes 4 channels and multiples of 2\. Ask the pipeline"):
+        unet(torch.zeros(1, 4, 9, 8), 1, torch.from_numpy(own.embedding["encoder_hidden_states"][:1]))
 
 
 @pytest.mark.parametrize("kind", ["DDIMPipeline", "LDMPipeline"])

@@ -45,7 +45,7 @@ def calibration_set(network: FloatNetwork, options: ExportOptions, graph: Path, 
     graph: the float twin on disk. Raises: CalibrationError for data that do not fit the network.
     """
     if options.calib_data is not None:
-        return load_user_npz(options.calib_data, network.facts.inputs)
+        return load_user_npz(options.calib_data, network.facts.sized_inputs)
     backend = computing_backend()
     recipe = _recipe(network, options, f"{make_engine_id(backend)} {backend_status(find_backend(backend)).version}")
     with open_engine(backend, graph) as engine:
@@ -160,7 +160,7 @@ def as_fed(feeds: Mapping[str, np.ndarray], inputs: Iterable[TensorSpec]) -> dic
 def counted(network: FloatNetwork, calib: CalibSet, tick: Tick) -> Iterator[dict[str, np.ndarray]]:
     """All rows in batches, telling how far they have come."""
     done = 0
-    for feeds in in_batches(calib, network.facts.inputs):
+    for feeds in in_batches(calib, network.facts.sized_inputs):
         yield feeds
         done += len(next(iter(feeds.values())))
         tick(done, len(calib))

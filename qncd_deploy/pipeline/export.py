@@ -159,7 +159,7 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
         with progress.stage("output error"):
             rows = spread_rows(calib, CHECKED_ROWS)
             form = [(quantized.graphs[GRAPHS["master"]], quantized.plan)]
-            (error,) = output_errors(network.model, form, network.facts.inputs, rows, scratch)
+            (error,) = output_errors(network.model, form, network.facts.sized_inputs, rows, scratch)
         return replace(quantized, plan=replace(quantized.plan, output_sqnr_db=round(error.sqnr_db, 2)))
     return quantized
 

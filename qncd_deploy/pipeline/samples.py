@@ -64,7 +64,7 @@ def edge_samples(
     for group in groups:
         keepers = {edge: _Keeper(edge, channel_axes[edge], room, parts) for edge, room in _rooms(group).items()}
         start = 0
-        for feeds in in_batches(rows, network.facts.inputs):
+        for feeds in in_batches(rows, network.facts.sized_inputs):
             count = len(next(iter(feeds.values())))
             for edge, x in probe(feeds, list(group)):
                 keepers[edge].add(x, start, count)

@@ -132,8 +132,8 @@ def _probed(model: ir.Model, network: FloatNetwork, calib: CalibSet, scratch: Pa
     rng = np.random.default_rng(0)
     with on_disk(model, scratch) as graph, open_engine(torch_backend(), graph) as engine:
         assert isinstance(engine, TorchEngine)
-        for feeds in in_batches(calib.take(rows), network.facts.inputs, _batch_size(model, network)):
-            fed = as_fed(feeds, network.facts.inputs)
+        for feeds in in_batches(calib.take(rows), network.facts.sized_inputs, _batch_size(model, network)):
+            fed = as_fed(feeds, network.facts.sized_inputs)
             (out,) = engine(fed).values()
             probe = rng.standard_normal(out.shape).astype(np.float32)
             probe[len(next(iter(feeds.values()))) :] = 0  # rows that only fill a fixed batch up
@@ -144,7 +144,7 @@ def _probed(model: ir.Model, network: FloatNetwork, calib: CalibSet, scratch: Pa
 def _batch_size(model: ir.Model, network: FloatNetwork) -> int:
     """Rows that a backward pass can take; 0 where a single one needs too much memory."""
     row_bytes = backward_bytes(model.graph)
-    fixed = fixed_rows(network.facts.inputs)
+    fixed = fixed_rows(network.facts.sized_inputs)
     held = room(torch_device(), MEMORY_BYTES)
     size = fixed if fixed is not None else min(BATCH, held // max(row_bytes, 1))
     return 0 if size * row_bytes > 2 * held else size

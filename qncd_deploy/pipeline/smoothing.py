@@ -146,7 +146,7 @@ def judge(
 
     others = range(1, len(drafts))
     rows = calib.take(spread(Parts.of(calib).unseen, JUDGED_ROWS))
-    found = output_errors(network.model, masters((0, *others)), network.facts.inputs, rows, scratch)
+    found = output_errors(network.model, masters((0, *others)), network.facts.sized_inputs, rows, scratch)
     errors = [each.relative for each in found]
     best = min(others, key=errors.__getitem__)
     better = [i for i in others if errors[i] <= (1 - MIN_GAIN) * errors[0]]
