@@ -119,6 +119,27 @@ def test_a_float_twin_is_put_in_front_where_there_is_none(bundle: Bundle) -> Non
         assert words in text
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_what_diverges_is_timed_and_said_beside_the_others(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = bundle.key(Sampling(), "onnxruntime-f32")
+    wild = CorrectionTable("map", key, (StepFix(b=np.full(8, 1e38)),) * len(key.timesteps))
+    save_tables(tmp_path / "wild.npz", [wild], auto={})
+    variants = [
+        Variant("wild", "onnxruntime", correction="map", tables=(tmp_path / "wild.npz",)),
+        Variant("w8a8", "onnxruntime", correction="off"),
+    ]
+    found = bench(bundle, variants, Draw(2, batch_size=2, threads=1), rounds=1)
+    assert found["wild"].figures is not None and "are not finite" in str(found["wild"].figures.diverged)
+    assert found["wild"].figures.psnr is None and found["wild"].call_ms.median > 0
+    assert found["w8a8"].figures is not None and found["w8a8"].figures.psnr is not None
+    assert "correction map gave latents that are not finite" in caplog.text
+    out = io.StringIO()
+    Console(file=out, width=140).print(bench_table(found))
+    assert "diverged" in out.getvalue()
+
+
 def test_ratios_against_another_baseline(bundle: Bundle) -> None:
     variants = [Variant("exact", "onnxruntime", float_twin=True), Variant("w8a8", "onnxruntime")]
     found = bench(bundle, variants, Draw(1, batch_size=1), rounds=1, baseline="w8a8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from qncd_deploy.engines.base import backend_status, default_backend, engine_class, find_backend
 from qncd_deploy.engines.eps_model import fixed_rows, input_roles
 from qncd_deploy.engines.trt.device import find_device
-from qncd_deploy.errors import EngineError, UsageError
+from qncd_deploy.errors import Diverged, EngineError, UsageError
 from qncd_deploy.evaluate.batches import Batch, Draw, draw_batches
 from qncd_deploy.evaluate.bench_result import BenchResult, BenchRow
 from qncd_deploy.evaluate.compare import counter
@@ -24,6 +25,8 @@ from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, ma
 from qncd_deploy.evaluate.variants import REFERENCE, Variant, require_same_network
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
+
+log = logging.getLogger(__name__)
 
 
 def bench(
@@ -212,19 +215,27 @@ def _require_full_rows(variant: Variant, sampler: Sampler) -> None:
 def _figures(
     bundle: Bundle, entrants: Mapping[str, _Entrant], reference: str, draw: Draw, tick: Callable[[int], None]
 ) -> dict[str, Figures]:
-    """What each variant but the reference does to the pictures."""
+    """What each variant but the reference does to the pictures; one that diverges is timed all the same."""
     found = {}
     with Lens.open(bundle, entrants[reference].backend, threads=draw.threads) as lens:
 
-        def drawn(sampler: Sampler) -> tuple[Origin, list[Batch]]:
-            batches = list(draw_batches(sampler, draw, lens))
-            tick(1)
-            return Origin.of(sampler), batches
+        def drawn(sampler: Sampler) -> list[Batch]:
+            try:
+                return list(draw_batches(sampler, draw, lens))
+            finally:
+                tick(1)
 
-        judge = Judge.of(reference, *drawn(entrants[reference].sampler), draw, lens.data)
+        exact = entrants[reference].sampler
+        judge = Judge.of(reference, Origin.of(exact), drawn(exact), draw, lens.data)
         for name, entrant in entrants.items():
-            if name != reference:
-                found[name] = judge.figures(name, *drawn(entrant.sampler))
+            if name == reference:
+                continue
+            origin = Origin.of(entrant.sampler)
+            try:
+                found[name] = judge.figures(name, origin, drawn(entrant.sampler))
+            except Diverged as exc:
+                log.warning("%s", exc)
+                found[name] = judge.diverged(name, origin, str(exc))
     return found
 
 

@@ -135,7 +135,6 @@ def bench_table(result: BenchResult) -> Table:
         memory = row.memory_bytes if row.device_bytes is None else row.device_bytes
         size = row.graph_bytes if row.engine_bytes is None else row.engine_bytes
         integers = row.integer_kernels
-        fidelity = None if row.figures is None else row.figures.psnr
         table.add_row(
             row.name,
             row.engine,
@@ -147,6 +146,12 @@ def bench_table(result: BenchResult) -> Table:
             f"{size / 2**20:.1f}",
             "" if memory is None else f"{memory / 2**20:.0f}",
             "" if integers is None else str(integers),
-            "reference" if row.name == result.reference else "" if fidelity is None else f"{fidelity.value:.2f}",
+            "reference" if row.name == result.reference else _fidelity(row.figures),
         )
     return table
+
+
+def _fidelity(figures: Figures | None) -> str:
+    if figures is None or (figures.psnr is None and figures.diverged is None):
+        return ""
+    return "diverged" if figures.psnr is None else f"{figures.psnr.value:.2f}"
