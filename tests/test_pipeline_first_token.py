@@ -119,7 +119,7 @@ def calibration(network: FloatNetwork, times: float = 1, seed: int = 0) -> Calib
     given, null = condition_rows(network, range(12))
     assert given is not None and null is not None
     text = louder(np.tile(np.concatenate([given[TEXT], null[TEXT]]), (2, 1, 1)), times)
-    return CalibSet({**feeds_for(list(network.facts.inputs), len(text), seed), TEXT: text}, "test")
+    return CalibSet({**feeds_for(list(network.facts.sized_inputs), len(text), seed), TEXT: text}, "test")
 
 
 @pytest.fixture(scope="module")
