@@ -110,6 +110,12 @@ class ModelFacts:
         """(C, H, W) of a picture; None where there is no decoder and the latents are none."""
         return self.image_shape or (self.latent_shape if self.latent_shape[0] in (1, 3) else None)
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(height, width) of a picture; None where picture_shape is."""
+        shape = self.picture_shape
+        return None if shape is None else (shape[1], shape[2])
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelFacts:
         image_shape, condition, text = data["image_shape"], data["condition"], data.get("text")

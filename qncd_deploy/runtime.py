@@ -63,14 +63,15 @@ AS_EXPORTED = Sampling()
 class Bundle:
     """A bundle on disk whose manifest was read and whose files were checked.
 
-    effort: for engines compiled for a run;  sides: (height, width) of its pictures where they are not its own, which
-    the manifest then says, too.
+    effort: for engines compiled for a run;  sides: (height, width) of its pictures where they are not those that it was
+    made for, own_sides, which the manifest then says, too.
     """
 
     path: Path
     manifest: Manifest
     effort: Effort = BaseEngine.effort
     sides: tuple[int, int] | None = None
+    own_sides: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -85,15 +86,15 @@ class Bundle:
         return cls(path, manifest)
 
     def at_size(self, height: int | None = None, width: int | None = None) -> Bundle:
-        """The same bundle for pictures of another size, in pixels; None is its own. Raises UsageError for a size that
+        """The same bundle for pictures of another size, in pixels; None is as it is. Raises UsageError for a size that
         the network does not draw.
         """
         model = at_size(self.manifest.model, height=height, width=width)
         if model is self.manifest.model:
             return self
-        assert model.picture_shape is not None, "what is drawn at another size are pictures"
-        _, *sides = model.picture_shape
-        return replace(self, manifest=replace(self.manifest, model=model), sides=(sides[0], sides[1]))
+        own, sides = self.own_sides or self.manifest.model.sides, model.sides
+        manifest = replace(self.manifest, model=model)
+        return replace(self, manifest=manifest, sides=None if sides == own else sides, own_sides=own)
 
     @cached_property
     def plan(self) -> dict[str, Any]:

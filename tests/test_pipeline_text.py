@@ -156,6 +156,7 @@ def drawn_by_diffusers(made: Made, sides: Sequence[int]) -> np.ndarray:
 def test_pictures_of_another_size_are_what_diffusers_draws(name: str, request: pytest.FixtureRequest) -> None:
     made: Made = request.getfixturevalue(name)
     bundle = made.bundle.at_size(120, 72)
+    assert bundle.at_size(*made.bundle.manifest.model.image_shape[1:]).sides is None
     assert bundle.sides == (120, 72) and bundle.manifest.model.latent_shape == (4, 15, 9)
     with bundle.sampler("onnxruntime", float_twin=True, threads=1) as sampler:
         found = sampler.sample(3, seed=5)
