@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--format", default="w8a8")
     parser.add_argument("--short", action="store_true", help="the first recipe and the default alone")
+    parser.add_argument("--alone", action="store_true", help="the default alone")
     parser.add_argument("--ray", action="store_true", help="one process a core, one thread each")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("export"), help="where the bundles go")
@@ -82,7 +83,7 @@ def main() -> None:
     given = parser.parse_args()
     bars, bundles = Bars(), {}
     for number, (name, recipe) in enumerate(recipes(given.format).items()):
-        if given.short and name not in (PARTS[0][0], DEFAULT):
+        if name != DEFAULT and (given.alone or (given.short and name != PARTS[0][0])):
             continue
         correction = "auto" if name == DEFAULT else "off"
         options = ExportOptions(
@@ -98,7 +99,7 @@ def main() -> None:
     variants = [Variant(name, "openvino", "off", bundle=bundle) for name, bundle in bundles.items()]
     variants += [
         Variant(f"{DEFAULT}, with {words}", "openvino", method, bundle=bundles[DEFAULT])
-        for method, words in AT_RUN_TIME[: 1 if given.short else None]
+        for method, words in AT_RUN_TIME[: 1 if given.short or given.alone else None]
     ]
     draw = Draw(given.pictures, seed=given.seed, batch_size=32, threads=1 if given.ray else None)
     pictures = given.work / "quality-pictures"
@@ -108,7 +109,7 @@ def main() -> None:
         f"# Quality of the demo at {given.format.upper()}, {given.pictures} pictures of seed {given.seed}",
         "",
         f"`python benchmarks/quality.py --format {given.format} --pictures {given.pictures} --seed {given.seed}"
-        f"{' --short' if given.short else ''}`; "
+        f"{' --short' * given.short}{' --alone' * given.alone}`; "
         f"{float_.engine}, DDIM {float_.calls} steps, guidance 1.5; {platform.machine()}, "
         f"Python {platform.python_version()}. Intervals: 95 %, bootstrap.",
         "",

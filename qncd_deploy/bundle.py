@@ -98,8 +98,10 @@ class ModelFacts:
 
     @property
     def sized_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs, with the sides of latent_shape where they are free."""
-        sides = dict(zip(SIDES, self.latent_shape[1:], strict=False))  # a bare graph may have no latents
+        """The inputs, with the sides of latent_shape where pictures may have any size."""
+        if self.size_multiple is None:
+            return self.inputs
+        sides = dict(zip(SIDES, self.latent_shape[1:], strict=True))
         return tuple(
             replace(spec, shape=tuple(sides.get(size, size) if isinstance(size, str) else size for size in spec.shape))
             for spec in self.inputs
@@ -108,7 +110,8 @@ class ModelFacts:
     @property
     def picture_shape(self) -> tuple[int, ...] | None:
         """(C, H, W) of a picture; None where there is no decoder and the latents are none."""
-        return self.image_shape or (self.latent_shape if self.latent_shape[0] in (1, 3) else None)
+        are_pictures = len(self.latent_shape) == 3 and self.latent_shape[0] in (1, 3)
+        return self.image_shape or (self.latent_shape if are_pictures else None)
 
     @property
     def sides(self) -> tuple[int, int] | None:

@@ -32,9 +32,8 @@ from qncd_deploy.engines.base import (
     open_engine,
 )
 from qncd_deploy.engines.decoder import require_slices, require_tiles
-from qncd_deploy.engines.eps_model import require_sides
 from qncd_deploy.engines.stepped import SteppedEngine
-from qncd_deploy.engines.stored import give_blobs, stored_source
+from qncd_deploy.engines.stored import give_blobs, stored_for, stored_source
 from qncd_deploy.engines.text import prompt_encoder
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.files import canonical_json
@@ -43,6 +42,9 @@ from qncd_deploy.schedule import Schedule
 from qncd_deploy.stepping import Stepping, load_stepping
 from qncd_deploy.steps import SamplerConfig
 from qncd_deploy.subjects import at_size
+
+ONE_SIZE = ("decoder-tile", "text-encoder", "text-encoder-2")
+"""Roles of graphs that are the same for pictures of any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +63,11 @@ AS_EXPORTED = Sampling()
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose manifest was read and whose files were checked.
-
-    effort: for engines compiled for a run;  sides: (height, width) of its pictures where they are not those that it was
-    made for, own_sides, which the manifest then says, too.
-    """
+    """A bundle on disk whose manifest was read and whose files were checked. effort: for engines compiled for a run."""
 
     path: Path
     manifest: Manifest
     effort: Effort = BaseEngine.effort
-    sides: tuple[int, int] | None = None
-    own_sides: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: Path | str, *, verify: bool = True) -> Bundle:
@@ -90,11 +86,13 @@ class Bundle:
         the network does not draw.
         """
         model = at_size(self.manifest.model, height=height, width=width)
-        if model is self.manifest.model:
-            return self
-        own, sides = self.own_sides or self.manifest.model.sides, model.sides
-        manifest = replace(self.manifest, model=model)
-        return replace(self, manifest=manifest, sides=None if sides == own else sides, own_sides=own)
+        return self if model is self.manifest.model else replace(self, manifest=replace(self.manifest, model=model))
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(height, width) of its pictures, as at_size chose them; None for a bundle that draws one size only."""
+        model = self.manifest.model
+        return None if model.size_multiple is None else model.sides
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -301,12 +299,10 @@ class Bundle:
             if part is not None:
                 engines[part] = opened.enter_context(self.open_part(backend, part, threads=threads))
             self.load_blobs(engines, blobs)
-            latents = self.manifest.model.latent_shape
-            require_sides(unet, latents, build=f"qncd build {self.path} --backend {backend}{self._sizes}")
             if vae_slicing and part is not None:
                 require_slices(engines[part], self.path, backend)
             if vae_tiling and part is not None:
-                require_tiles(engines[part], latents)
+                require_tiles(engines[part], self.manifest.model.latent_shape)
             network = Network(
                 place=self.path,
                 source=self.network_id(roles),
@@ -335,13 +331,11 @@ class Bundle:
                 raise UsageError(f"{flag}: {self.path} has no decoder. Leave it out.")
             return None
         if tiling and "decoder-tile" not in self.manifest.roles:
-            raise UsageError(f"{flag}: the pictures of {self.path} are too small for tiles. Leave it out.")
+            raise UsageError(
+                f"{flag}: {self.path} was exported for pictures too small for tiles, so it has no decoder of tiles. "
+                "Leave it out."
+            )
         return "decoder-tile" if tiling else "decoder"
-
-    @property
-    def _sizes(self) -> str:
-        """The option of `qncd build` for pictures of this size."""
-        return "" if self.sides is None else " --sizes {1}x{0}".format(*self.sides)
 
     def _suffix(self, act_bits: int) -> str:
         """Of the roles of a network with activations of these bits at all timesteps. Raises UsageError."""
@@ -384,10 +378,15 @@ class Bundle:
         return Text(self.prompts, prompt_encoder(towers, facts))
 
     def load_blobs(self, engines: Mapping[str, BaseEngine], blobs: Sequence[Path]) -> None:
-        """Give engines, by their graphs' roles, what was compiled of them. Raises EngineError as give_blobs does."""
+        """Give engines, by their graphs' roles, what was compiled of them for pictures of this size. Raises EngineError
+        as give_blobs does.
+        """
         open_here = {self.graph_id(role): engine for role, engine in engines.items()}
         others = {self.graph_id(role) for role in self.around} - open_here.keys()
-        give_blobs(open_here, blobs, others=others)
+        any_size = {self.graph_id(role) for role in engines if self.sides is not None and role not in ONE_SIZE}
+        latents = self.manifest.model.latent_shape
+        fit = [b for b in blobs if stored_source(b) not in any_size or stored_for(b, latents)]
+        give_blobs(open_here, fit, others=others)
 
     def correction_table(self, method: str, key: ScheduleKey, files: Sequence[Path]) -> CorrectionTable:
         """The table to use, from the first file that has it, the bundle's own last. Raises as chosen_table does, and

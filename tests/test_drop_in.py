@@ -274,7 +274,7 @@ def test_pictures_of_another_size(tmp_path: Path) -> None:
         ScheduleError, match=r"the sample is \[4, 8, 8\], correction affine was fitted for \[4, 8, 12\]"
     ):
         text_to_picture(own, unet, scheduler, steps=4)
-    with pytest.raises(UsageError, match=r"the network takes 4 channels and multiples of 2\. Ask the pipeline"):
+    with pytest.raises(UsageError, match=r"takes 4 channels and sides that are multiples of 2\. Ask the"):
         unet(torch.zeros(1, 4, 9, 8), 1, torch.from_numpy(own.embedding["encoder_hidden_states"][:1]))
 
 

@@ -156,7 +156,7 @@ def drawn_by_diffusers(made: Made, sides: Sequence[int]) -> np.ndarray:
 def test_pictures_of_another_size_are_what_diffusers_draws(name: str, request: pytest.FixtureRequest) -> None:
     made: Made = request.getfixturevalue(name)
     bundle = made.bundle.at_size(120, 72)
-    assert bundle.at_size(*made.bundle.manifest.model.image_shape[1:]).sides is None
+    assert bundle.at_size(*made.bundle.sides).manifest == made.bundle.manifest
     assert bundle.sides == (120, 72) and bundle.manifest.model.latent_shape == (4, 15, 9)
     with bundle.sampler("onnxruntime", float_twin=True, threads=1) as sampler:
         found = sampler.sample(3, seed=5)
@@ -168,7 +168,7 @@ def test_pictures_of_another_size_are_what_diffusers_draws(name: str, request: p
 def test_a_correction_is_of_one_size(sd: Made) -> None:
     bundle = sd.bundle.at_size(width=96)
     assert bundle.key(AS_EXPORTED, "onnxruntime-f32").mismatch(sd.bundle.key(AS_EXPORTED, "onnxruntime-f32")) == (
-        "fitted for 64 x 96 pixels, asked for the bundle's own size"
+        "fitted for 64 x 96 pixels (height x width), asked for 64 x 64 pixels (height x width)"
     )
     with pytest.raises(ScheduleError, match=r"Run `qncd fit .* --remainder f32 --height 64 --width 96`"):
         bundle.sampler("onnxruntime", correction="ptqd")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -28,7 +27,7 @@ from qncd_deploy.cli.options import (
 )
 from qncd_deploy.cli.progress import Bars
 from qncd_deploy.engines.base import BACKENDS, Remainder, available_backends, make_engine_id, usable_remainders
-from qncd_deploy.errors import BackendMissing, EngineError, GateFailed, first_line
+from qncd_deploy.errors import BackendMissing, BundleError, EngineError, GateFailed, first_line
 from qncd_deploy.evaluate.bench import bench
 from qncd_deploy.evaluate.bench_result import BenchResult, bench_table
 from qncd_deploy.evaluate.compare import Variant
@@ -120,15 +119,9 @@ def bench_command(
         return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
 
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
-    request = BuildRequest(
-        "tensorrt",
-        batches=(batch_size,),
-        sizes=() if opened.sides is None else (opened.sides,),
-        level=level,
-        workspace=opened.effort.workspace,
-        check=False,
-    )
-    with _baseline(opened, other, engines, engine_dir, request) as other, Bars().stage("bench") as tick:
+    with _baseline(opened, other, engines) as other, Bars().stage("bench") as tick:
+        if other is not None and baseline is None:
+            _keep_engines(other, engines, engine_dir / other.path.name, batch_size)
         variants = _variants(opened, other, engines, stored)
         result = bench(
             opened,
@@ -158,14 +151,10 @@ def bench_command(
 
 @contextmanager
 def _baseline(
-    bundle: Bundle,
-    named: Bundle | None,
-    engines: Mapping[str, Sequence[Remainder]],
-    engine_dir: Path,
-    request: BuildRequest,
+    bundle: Bundle, named: Bundle | None, engines: Mapping[str, Sequence[Remainder]]
 ) -> Iterator[Bundle | None]:
     """What was named; else, where TensorRT alone runs a quantized network with a float16 rest, that network in float16,
-    if this machine can make it. Its engines are built as in `request` and kept among the others for the next time.
+    if this machine can make it.
     """
     half_first = all(name in FLAVOURS and asked[0] == "f16" for name, asked in engines.items())
     quantized = any(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
@@ -183,9 +172,22 @@ def _baseline(
         yield None
         return
     with half_twin(bundle) as twin:
-        for name in engines:
-            build(twin, engine_dir / twin.path.name, replace(request, backend=name), Bars())
         yield twin
+
+
+def _keep_engines(twin: Bundle, backends: Iterable[str], folder: Path, batch_size: int) -> None:
+    """Build the engines of a float16 twin where the next run finds them; a folder that cannot be written is no reason
+    not to measure: they are built for the run then.
+    """
+    try:
+        for name in backends:
+            effort = twin.effort
+            request = BuildRequest(
+                name, batches=(batch_size,), level=effort.level, workspace=effort.workspace, check=False
+            )
+            build(twin, folder, request, Bars(), around=("decoder",))
+    except BundleError as exc:
+        log.info("%s: not kept (%s)", folder, first_line(exc))
 
 
 def _engines(backends: tuple[str, ...], remainders: tuple[Remainder, ...]) -> dict[str, tuple[Remainder, ...]]:
@@ -249,5 +251,7 @@ def _check_gates(result: BenchResult, variants: list[Variant], psnr: float | Non
         )
     fidelity = None if quantized.figures is None else quantized.figures.psnr
     if psnr is not None and (fidelity is None or fidelity.value < psnr):
-        value = "not measured" if fidelity is None else f"{fidelity.value:.2f} dB"
-        raise GateFailed(f"--require-psnr {psnr:g}: {quantized.name} has {value}.")
+        diverged = quantized.figures is not None and quantized.figures.diverged is not None
+        absent = "diverged" if diverged else "was not measured"
+        value = absent if fidelity is None else f"has {fidelity.value:.2f} dB"
+        raise GateFailed(f"--require-psnr {psnr:g}: {quantized.name} {value}.")

@@ -103,7 +103,7 @@ _tensorrt_options = together(
     default=(),
     show_default=False,
     help="Of pictures, in pixels, width first, for bundles that draw any size; several are profiles of one TensorRT "
-    "engine.  [default: the bundle's own]",
+    "engine, which is fitted and checked for each.  [default: the bundle's own]",
 )
 @_tensorrt_options
 @click.option(
@@ -165,7 +165,6 @@ def build_command(
             click.echo("\n".join(lines))
         return
     engines = build(opened, folder, request, Bars())
-    tables = choice = None
     options = FitOptions(
         request.backend,
         remainder=remainder,
@@ -173,11 +172,13 @@ def build_command(
         blobs=tuple(engine.path for engine in engines),
     )
     new = any(engine.seconds is not None for engine in engines)
-    if fit and engines[0].here and (new or not is_fitted(folder, opened, options)):
-        opened = replace(opened, effort=request.effort(folder))
-        with Bars().stage("fitting") as tick:
-            tables, fitted = fit_into(folder, opened, options, tick)
-        choice = fitted.choice
+    tables, choices = None, []
+    for sized in request.sized(replace(opened, effort=request.effort(folder))):
+        if fit and engines[0].here and (new or not is_fitted(folder, sized, options)):
+            with Bars().stage("fitting") as tick:
+                tables, fitted = fit_into(folder, sized, options, tick)
+            size = "" if sized.sides is None else " for {} x {} pixels (height x width)".format(*sized.sides)
+            choices.append(f"{tables}  auto = {fitted.choice}{size}")
     if as_json:
         every = [engine.to_json() for engine in engines]
         print_json({**every[0], "engines": every, "corrections": None if tables is None else str(tables)})
@@ -190,5 +191,5 @@ def build_command(
             click.echo(f"  not held against the float network: {engine.unchecked}")
         for layer in engine.missed:
             click.echo(f"  planned quantized, but runs otherwise: {layer}")
-    if tables is not None:
-        click.echo(f"{tables}  auto = {choice}")
+    for line in choices:
+        click.echo(line)

@@ -137,7 +137,9 @@ def eval_command(context: click.Context, /, bundle: Path, as_json: bool, **flags
     if as_json:
         print_json(facts)
     else:
-        Console(width=None if os.isatty(1) else _PLAIN_WIDTH).print(comparison_table(found))
+        Console(width=None if os.isatty(1) else _PLAIN_WIDTH).print(
+            comparison_table(found, opened.manifest.model.sides)
+        )
         if flags["out"] is not None:
             click.echo(flags["out"])
     _check_gates(found.variants[0], flags["require_psnr"], flags["require_shift_below"])

@@ -69,7 +69,7 @@ from qncd_deploy.subjects import check_prompts, parse_labels
     "--vae-tiling",
     is_flag=True,
     help="Decode in tiles that overlap: less memory still, more arithmetic, and pictures that differ a little. For "
-    "pictures of 512 pixels a side or more.",
+    "bundles exported for pictures of 512 pixels a side or more.",
 )
 @engine_dir_option
 @click.option(
@@ -150,6 +150,8 @@ def sample_command(
         facts = {
             "output": str(out),
             "pictures": pictures,
+            "height": None if model.sides is None else model.sides[0],
+            "width": None if model.sides is None else model.sides[1],
             "seed": seed,
             "engine": engine_id,
             "network": network,

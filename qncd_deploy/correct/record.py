@@ -113,7 +113,7 @@ class ScheduleKey:
 
     timesteps: of every network call; prediction: what the network returns; schedule_sha: Schedule.sha256();
     backend: engine and precision of its remainder ("openvino-f32"); plan_sha: hash of the quantization plan;
-    sides: (height, width) of the pictures in pixels, None for those that the bundle was made for.
+    sides: (height, width) of the pictures in pixels, where the network draws any size; else None.
     """
 
     scheduler: str
@@ -195,7 +195,7 @@ class ScheduleKey:
             (self.schedule_sha, f"noise schedule {self.schedule_sha[:8]}"),
             (self.backend, f"backend {self.backend}"),
             (self.plan_sha, f"plan {self.plan_sha[:8]}"),
-            (self.sides, "the bundle's own size" if self.sides is None else "{} x {} pixels".format(*self.sides)),
+            (self.sides, "one size" if self.sides is None else "{} x {} pixels (height x width)".format(*self.sides)),
         )
 
     def fit_command(self, bundle: Path | str) -> str:

@@ -104,8 +104,7 @@ class QncdUNet(nn.Module):
             raise UsageError(f"{self.place}: {ignored[0]} is no input of the exported network. Leave it out.")
         if not takes_latents(self.facts, sample.shape[1:]):
             raise UsageError(
-                f"{self.place}: the sample is {_by(sample.shape[1:])}, the network takes {_taken(self.facts)}. Ask the "
-                "pipeline for that size, or export again with --height and --width."
+                f"{self.place}: the sample is {_by(sample.shape[1:])}, the network takes {_taken(self.facts)}."
             )
         told = {"encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
         told |= added_cond_kwargs or {}
@@ -133,9 +132,11 @@ def _on_host(tensor: Tensor) -> Any:
 
 
 def _taken(facts: ModelFacts) -> str:
-    """Latents that the network takes, in words."""
+    """Latents that the network takes, in words, and what to do."""
     step = latent_multiple(facts)
-    return _by(facts.latent_shape) if step is None else f"{facts.latent_shape[0]} channels and multiples of {step}"
+    if step is None:
+        return f"{_by(facts.latent_shape)}. Ask the pipeline for that size, or export again with --height and --width"
+    return f"{facts.latent_shape[0]} channels and sides that are multiples of {step}. Ask the pipeline for such a size"
 
 
 def _config(facts: ModelFacts) -> FrozenDict:

@@ -158,19 +158,6 @@ def full_groups(arrays: Sequence[np.ndarray], *, rows: Sequence[int]) -> Iterato
         start += held
 
 
-def require_sides(engine: Engine, state: Sequence[int], *, build: str) -> None:
-    """Refuse an engine that was compiled for other sides of the state than (C, H, W) of `state`. build: the command
-    that makes one. Raises EngineError.
-    """
-    spec = input_roles(engine.inputs).sample
-    if any(isinstance(size, int) and size != side for size, side in zip(spec.shape[1:], state, strict=True)):
-        takes = "x".join(map(str, spec.shape[1:]))
-        raise EngineError(
-            f"the engine that was built takes {takes}, not {'x'.join(map(str, state))}. Build one for this size, too: "
-            f"`{build}`."
-        )
-
-
 def group_rows(left: int, sizes: Sequence[int]) -> int:
     """Rows to run next: the smallest of the sizes, which rise, that takes all that are left; or the largest."""
     return next((size for size in sizes if size >= left), sizes[-1])

@@ -89,6 +89,19 @@ def stored_source(path: Path) -> str | None:
     return str(source)
 
 
+def stored_for(path: Path, state: Sequence[int]) -> bool:
+    """Whether a compiled network takes states (or latents) of (C, H, W), as far as it says what it takes."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    profiles = facts.get("profiles") if isinstance(facts, dict) else None
+    if profiles is None:  # one that is compiled for single shapes, and passed over where they are others
+        return True
+    planes = [shape[1:] for profile in profiles for shape in profile.values() if len(shape) == 4]
+    return list(state) in planes
+
+
 def give_blobs(engines: Mapping[str, BaseEngine], blobs: Sequence[Path], *, others: Collection[str] = ()) -> None:
     """Give compiled networks to the engines, by the hash of the graph that each runs, of whose graphs they were made.
 

@@ -246,7 +246,9 @@ def _context(entrants: Sequence[_Entrant], draw: Draw, rounds: int) -> dict[str,
     eta = f", eta {config.eta:g}" if config.eta else ""
     guidance = f", guidance {scale:g}" if scale != 1 else ""
     versions = {backend: backend_status(find_backend(backend)).version for backend in {e.backend for e in entrants}}
+    sides = sampler.network.facts.sides
     return {
+        **({} if sides is None else {"pictures": "{} x {} pixels (height x width)".format(*sides)}),
         "pictures a batch": str(sampler.batch_size),
         "rows a call": str(_rows(sampler)),
         "sampler": f"{config.scheduler}, {config.n_steps} steps{eta}{guidance}",

@@ -33,11 +33,14 @@ _MOST_ACROSS = 5
 """Ways to run that stand side by side; more are listed one below the other."""
 
 
-def comparison_table(found: Comparison) -> Table:
-    """Estimates with half their interval; figures that nothing was measured of are left out."""
+def comparison_table(found: Comparison, sides: tuple[int, int] | None = None) -> Table:
+    """Estimates with half their interval; figures that nothing was measured of are left out. sides: (height, width) of
+    the pictures.
+    """
     ways = (found.reference, *found.variants)
+    size = "" if sides is None else " of {} x {} pixels (height x width)".format(*sides)
     table = Table(
-        title=f"{found.reference.n} pictures from {found.reference.first} on, seed {found.reference.seed}, "
+        title=f"{found.reference.n} pictures{size} from {found.reference.first} on, seed {found.reference.seed}, "
         f"{found.reference.calls} network calls each",
         caption="Figures up to recall: to the float twin's pictures of the same seeds. FID falls when noise is added: "
         "never choose by it. ±: half of a 95 % bootstrap interval.",

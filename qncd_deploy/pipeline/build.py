@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from qncd_deploy.errors import BackendMissing, EngineError, GateFailed, QncdErro
 from qncd_deploy.files import make_folder
 from qncd_deploy.pipeline.parity import Gate, Parity
 from qncd_deploy.pipeline.progress import Progress
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import ONE_SIZE, Bundle
 from qncd_deploy.sampler import default_batch
 from qncd_deploy.specs import TensorSpec
 
@@ -64,16 +64,11 @@ class BuildRequest:
         return Effort(self.level, self.workspace, folder.parent)
 
     def sized(self, bundle: Bundle) -> tuple[Bundle, ...]:
-        """The bundle at each of the sizes. Raises UsageError for one that it does not draw."""
+        """The bundle at each of the sizes, the smallest first. Raises UsageError for one that it does not draw."""
         try:
-            return tuple(bundle.at_size(height, width) for height, width in self.sizes) or (bundle,)
+            return tuple(bundle.at_size(height, width) for height, width in sorted(set(self.sizes))) or (bundle,)
         except UsageError as exc:
             raise UsageError(f"--sizes: {exc}") from exc
-
-    @property
-    def sizes_stem(self) -> str:
-        """What they add to an engine's name."""
-        return "".join(f"{'+' if place else '-'}{width}x{height}" for place, (height, width) in enumerate(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -103,8 +98,12 @@ class Built:
         return f"{self.path}  {self.bytes / 2**20:.1f} MiB  {how}  {self.runs}"
 
 
-def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress) -> tuple[Built, ...]:
+def build(
+    bundle: Bundle, folder: Path, request: BuildRequest, progress: Progress, *, around: Collection[str] | None = None
+) -> tuple[Built, ...]:
     """Write to FOLDER what is not there yet, or is there for something else; the network first.
+
+    around: for TensorRT, roles of the graphs beside the network to build, None for all that there are.
 
     What TensorRT builds and the GPU of this machine runs is held against the float network before it is written to
     FOLDER, if the bundle can sample and unless `request` says otherwise. Until then it lies in ASIDE, and stays there
@@ -118,7 +117,7 @@ def build(bundle: Bundle, folder: Path, request: BuildRequest, progress: Progres
         library, device = _library(request)
         bundle = replace(bundle, effort=request.effort(folder))
         gate = _gate(bundle, request, device)
-        jobs = _jobs(bundle, folder, request, library, device)
+        jobs = _jobs(bundle, folder, request, library, device, around)
         return tuple(_engine(job, library, device, gate, progress) for job in jobs)
     _refuse_gpu_options(request)
     with progress.stage(f"building for {request.backend}"):
@@ -149,8 +148,7 @@ def _blob(bundle: Bundle, folder: Path, request: BuildRequest, batch_size: int |
     planned = sum(layer["weight_bits"] is not None for layer in bundle.plan["layers"])
     version, source = backend_status(find_backend(request.backend)).version, bundle.graph_id(role)
     device = re.sub(r"[^a-z0-9]+", "", (platform.processor() or platform.machine()).lower())
-    size = "" if bundle.sides is None else "-{1}x{0}".format(*bundle.sides)
-    path = folder / f"{engine_id}-{version}-{device}{suffix}-b{batch_size}{size}.blob"
+    path = folder / f"{engine_id}-{version}-{device}{suffix}-b{batch_size}{_sizes_stem([bundle])}.blob"
     with bundle.open_network(request.backend, (role,), remainder=request.remainder, threads=request.threads) as engine:
         shapes, seconds = call_shapes(bundle, role, engine.inputs, batch_size), None
         if path.exists():
@@ -236,7 +234,12 @@ def _gate(bundle: Bundle, request: BuildRequest, device: Device | None) -> Gate 
 
 
 def _jobs(
-    bundle: Bundle, folder: Path, request: BuildRequest, library: Library, device: Device | None
+    bundle: Bundle,
+    folder: Path,
+    request: BuildRequest,
+    library: Library,
+    device: Device | None,
+    around: Collection[str] | None = None,
 ) -> Iterator[_Job]:
     """The network, of several the one of the bundle's own plan first, and what else the bundle has: decoders, of whole
     pictures and of tiles, and text encoders.
@@ -247,19 +250,21 @@ def _jobs(
     if library.ahead_of_time and device is not None:
         targets, device = (device.sm,), None  # an engine for a capability, wherever it is built
     any_size = request.sized(bundle)
-    batches = request.batches or (min(default_batch(each.manifest.model.latent_shape) for each in any_size),)
     own = find_backend(request.backend).role(request.remainder)
     names = {role: (engine_id, role.removeprefix(own)) for role in reversed(bundle.network_roles(own))}
     float_id = make_engine_id(request.backend, "f32")
-    names |= {role: (float_id, f"-{role}") for role in bundle.around}
+    names |= {role: (float_id, f"-{role}") for role in bundle.around if around is None or role in around}
     for role, (engine, part) in names.items():
-        graph, rows = bundle.file(role), (TEXTS,) if role.startswith("text-encoder") else batches
+        graph, texts = bundle.file(role), (TEXTS,) if role.startswith("text-encoder") else ()
         inputs, _ = graph_specs(library, graph)
-        calls = [(call_shapes(sized, role, inputs, size), sized) for sized in any_size for size in rows]
-        if role in _ONE_SIZE:
-            calls = calls[: len(rows)]
+        bundles = (bundle,) if role in ONE_SIZE else any_size
+        calls = [
+            (rows, call_shapes(sized, role, inputs, rows), sized)
+            for sized in bundles
+            for rows in texts or request.batches or (default_batch(sized.manifest.model.latent_shape),)
+        ]
         options = BuildOptions(
-            profiles=tuple(shapes for shapes, _ in calls),
+            profiles=tuple(shapes for _, shapes, _ in calls),
             targets=targets,
             level=request.level,
             workspace=request.workspace,
@@ -269,13 +274,16 @@ def _jobs(
         )
         check_options(library, options)
         facts = EngineFacts.of(library, device, options, source=bundle.graph_id(role))
-        suffix = "+".join(map(str, rows)) + ("" if role in _ONE_SIZE else request.sizes_stem)
+        suffix = "+".join(str(rows) for rows in dict.fromkeys(rows for rows, *_ in calls))
+        suffix += "" if role in ONE_SIZE else _sizes_stem(bundles)
         path = folder / f"{engine}-{facts.stem}{part}-b{suffix}{SUFFIX}"
-        yield _Job(role, graph, path, options, facts, tuple(sized for _, sized in calls))
+        yield _Job(role, graph, path, options, facts, tuple(sized for *_, sized in calls))
 
 
-_ONE_SIZE = ("decoder-tile", "text-encoder", "text-encoder-2")
-"""Graphs whose inputs have one size, whatever that of the pictures."""
+def _sizes_stem(bundles: Sequence[Bundle]) -> str:
+    """What the sizes of pictures add to the name of what is compiled for them: -WxH+WxH."""
+    sizes = "+".join(f"{sides[1]}x{sides[0]}" for bundle in bundles if (sides := bundle.sides) is not None)
+    return f"-{sizes}" if sizes else ""
 
 
 def call_shapes(bundle: Bundle, role: str, inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, tuple[int, ...]]:

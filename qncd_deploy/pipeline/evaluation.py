@@ -73,8 +73,10 @@ def evaluated(bundle: Bundle, options: EvalOptions, tick: Tick) -> Iterator[Comp
 
 def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison) -> dict[str, Any]:
     """The figures and what they are of, in plain values."""
-    draw = options.draw
+    draw, sides = options.draw, bundle.manifest.model.sides
     return {
+        "height": None if sides is None else sides[0],
+        "width": None if sides is None else sides[1],
         "bundle": bundle.path.resolve().name,
         "pictures": draw.count,
         "seed": draw.seed,

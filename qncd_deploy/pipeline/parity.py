@@ -27,7 +27,7 @@ from qncd_deploy.engines.trt.loaded import LoadedEngine
 from qncd_deploy.engines.trt.options import BuildOptions, Shapes
 from qncd_deploy.errors import EngineError, GateFailed
 from qncd_deploy.prompts import open_tokenizer, tokenize
-from qncd_deploy.runtime import Bundle
+from qncd_deploy.runtime import ONE_SIZE, Bundle
 from qncd_deploy.sampler import Sampler
 
 FIRST_PICTURE = 5 << 28
@@ -101,9 +101,9 @@ class Parity:
         return f"error against the float network {_median(self.errors):.3g}, at most {max(self.errors):.3g} ({own})"
 
 
-def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
+def record(bundle: Bundle, *, rows: int, one_size: bool = True) -> dict[str, Case]:
     """Cases of the network, of `rows` rows, by "unet", and of each graph around it, by its role; of every network, by
-    "unet" and its suffix, where there are several.
+    "unet" and its suffix, where there are several. one_size: of ONE_SIZE, too, whose inputs must fit into the pictures.
 
     The quantized networks' own errors are measured, too, where there is an engine for the CPU.
     """
@@ -132,7 +132,8 @@ def record(bundle: Bundle, *, rows: int) -> dict[str, Case]:
             elif on_cpu:
                 with bundle.open_part(backend, role) as engine:
                     cases[part] = replace(case, expected=measure(engine, case).errors)
-    return cases | {role: _case_around(bundle, role, backend, np.asarray(last.x)) for role in bundle.around}
+    around = (role for role in bundle.around if role not in ONE_SIZE or one_size)
+    return cases | {role: _case_around(bundle, role, backend, np.asarray(last.x)) for role in around}
 
 
 def _case_around(bundle: Bundle, role: str, backend: str, latents: np.ndarray) -> Case:
@@ -255,7 +256,7 @@ class Gate:
         for bundle in bundles:
             held = self._cases.get(bundle.sides, {})
             if part not in held or len(held[part].exact[0]) < max(rows):
-                self._cases[bundle.sides] = record(bundle, rows=most)
+                self._cases[bundle.sides] = record(bundle, rows=most, one_size=bundle.sides == self._bundle.sides)
         return [self._cases[bundle.sides][part].rows(count) for bundle, count in zip(bundles, rows, strict=True)]
 
     def _first_wrong(

@@ -3,6 +3,7 @@
 tensorrt-f16-10.3.0-sm87-b16.engine                 this machine's GPU, 16 pictures at a time
 tensorrt-rtx-f16-1.7.1.116-sm86+sm89-b1+4.engine    ahead of time, two profiles
 tensorrt-f32-10.3.0-sm87-decoder-b16.engine         another graph of the bundle
+tensorrt-f16-10.3.0-sm87-b1-512x512+768x512.engine  of a bundle that draws any size: for pictures of these
 """
 
 from __future__ import annotations
