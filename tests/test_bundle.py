@@ -60,8 +60,11 @@ def folder(tmp_path: Path) -> Path:
 def test_free_sides_are_those_of_the_latents() -> None:
     """What counts the numbers of a row, to run as many rows as memory holds, must not take them for one."""
     fixed = replace(MODEL, latent_shape=(4, 8, 12), inputs=(TensorSpec("sample", "float32", ("batch", 4, 8, 12)),))
-    free = replace(fixed, inputs=(TensorSpec("sample", "float32", ("batch", 4, *SIDES)),))
+    own = replace(fixed, inputs=(TensorSpec("sample", "float32", ("batch", 4, *SIDES)),))
+    free = replace(own, size_multiple=16)
     assert free.sized_inputs == fixed.sized_inputs == fixed.inputs
+    bare = replace(own, latent_shape=(3,), image_shape=None)  # a user's graph whose sides are free
+    assert bare.sized_inputs == bare.inputs and bare.picture_shape is None is bare.sides
     assert replace(free, latent_shape=(4, 2, 2)).sized_inputs[0].shape == ("batch", 4, 2, 2)
 
 

@@ -71,7 +71,8 @@ def evaluated(bundle: Path, *args: object) -> dict[str, Any]:
 def test_by_default_auto_and_off_stand_beside_the_float_twin(bundle: Path, home: Path) -> None:
     done = qncd("eval", bundle, *SMALL, "--seed", 3, "--first", 10)
     assert done.code == 0, done.err
-    for words in ("6 pictures from 10 on, seed 3, 4 network calls", "float", "auto", "off", "dns", "PSNR dB", "shift"):
+    title = "6 pictures of 32 x 32 pixels (height x width) from 10 on, seed 3, 4 network calls"
+    for words in (title, "float", "auto", "off", "dns", "PSNR dB", "shift"):
         assert words in done.out
     assert "±" in done.out and "LPIPS" not in done.out and "sFID" not in done.out
     assert not [path for path in home.rglob("*") if path.is_file()]  # nothing is left of a finished evaluation

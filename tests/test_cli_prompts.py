@@ -75,7 +75,11 @@ def test_decoding_that_a_bundle_has_no_graph_for_is_refused(words: Path, tmp_pat
     shutil.copytree(words, folder)
     manifest = read_manifest(folder)
     for role, flag, said in (
-        ("decoder-tile", "--vae-tiling", "--vae-tiling: the pictures of"),
+        (
+            "decoder-tile",
+            "--vae-tiling",
+            "was exported for pictures too small for tiles, so it has no decoder of tiles.",
+        ),
         ("decoder", "--vae-slicing", "--vae-slicing: "),
         ("decoder", "--vae-tiling", "has no decoder. Leave it out."),
     ):

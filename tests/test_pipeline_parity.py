@@ -37,7 +37,7 @@ def recorded(bundle: Path, rows: int) -> dict[str, Case]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(parity, "record", lambda bundle, *, rows: recorded(bundle.path, rows))
+    monkeypatch.setattr(parity, "record", lambda bundle, *, rows, one_size: recorded(bundle.path, rows))
     return install(monkeypatch)
 
 
@@ -166,7 +166,7 @@ def test_an_engine_outlives_a_float_network_that_cannot_be_run(
 ) -> None:
     sound, folder = parity.record, tmp_path / bundle.name
 
-    def fail(bundle: Bundle, *, rows: int) -> dict[str, Case]:
+    def fail(bundle: Bundle, *, rows: int, one_size: bool) -> dict[str, Case]:
         raise BackendMissing("text: tokenizers is not installed. Install it.")
 
     def kept() -> list[tuple[str, str | None]]:
