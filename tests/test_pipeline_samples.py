@@ -61,7 +61,7 @@ def setting(
     network = SimpleNamespace(
         model=SimpleNamespace(graph=Graph(inputs, shapes)),
         inputs=SimpleNamespace(sample="x", timestep="t"),
-        facts=SimpleNamespace(inputs=tuple(inputs), latent_shape=(2, 4, 4)),
+        facts=SimpleNamespace(sized_inputs=tuple(inputs), latent_shape=(2, 4, 4)),
     )
     rows = np.arange(pictures * calls, dtype=np.float32)
     x = np.broadcast_to(rows[:, None, None, None], (len(rows), 2, 4, 4))

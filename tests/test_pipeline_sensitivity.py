@@ -75,7 +75,7 @@ def test_rows_that_only_fill_a_fixed_batch_up_count_nowhere(size: int, tmp_path:
         model = parsed(TIMED.replace("BATCH", str(batch)), arrays)
         inputs = find_inputs(model)
         specs = (TensorSpec("t", "float32", (batch,)), TensorSpec("x", "float32", (batch, 4, 4, 4)))
-        network = SimpleNamespace(inputs=inputs, facts=SimpleNamespace(inputs=specs))
+        network = SimpleNamespace(inputs=inputs, facts=SimpleNamespace(sized_inputs=specs))
         sites = [site for site in find_sites(model, inputs) if site.name == "second"]
         with probing(model, tmp_path) as probe:
             stats = observe(probe, in_batches(calib, specs), ["d"])

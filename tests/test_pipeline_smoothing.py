@@ -227,7 +227,7 @@ def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains,
     monkeypatch.setattr(
         judging, "latent_snr_db", lambda _, forms, **__: [20 + ROWS * (f.index > 0) + gains[f.index] for f, _ in forms]
     )
-    net = SimpleNamespace(model=None, schedule="any", facts=SimpleNamespace(inputs=()), is_large=large)
+    net = SimpleNamespace(model=None, schedule="any", facts=SimpleNamespace(sized_inputs=()), is_large=large)
     found, figures = judge(net, alternatives, drafts, calib, options, tmp_path)
     assert found == chosen and figures.folded == alternatives[chosen].folded
     assert figures.network_error[0] == 1.0
