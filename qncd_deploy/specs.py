@@ -12,6 +12,12 @@ BATCH = "batch"
 SIDES = ("height", "width")
 """Names of free dimensions: of every input's first, and of a latent's last two where pictures may have any size."""
 
+
+def pixels(sides: tuple[int, int]) -> str:
+    """(height, width) in words."""
+    return "{} x {} pixels (height x width)".format(*sides)
+
+
 Array = Any
 """A NumPy array or a device array with the same operators; the sampling loop never asks which."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qncd_deploy.bundle import ConditionFacts, ModelFacts
+from qncd_deploy.bundle import ConditionFacts, ModelFacts, TextFacts
 from qncd_deploy.errors import LabelError, UsageError
 
 
@@ -88,16 +88,30 @@ def at_size(facts: ModelFacts, *, height: int | None = None, width: int | None =
             f"out, or run `qncd export` with {flag} {side}, if the network is one for that size."
         )
     check_sides(own, facts.size_multiple, height=height, width=width)
-    factor, shape = own[1] // facts.latent_shape[1], (own[0], height or own[1], width or own[2])
-    text = facts.text
-    if text is not None and text.time_ids is not None:
-        text = replace(text, time_ids=size_ids(shape))
+    shape, latents = resized(own, facts.latent_shape, height=height, width=width)
     return replace(
         facts,
-        latent_shape=(facts.latent_shape[0], shape[1] // factor, shape[2] // factor),
+        latent_shape=latents,
         image_shape=None if facts.image_shape is None else shape,
-        text=text,
+        text=None if facts.text is None else told_size(facts.text, shape),
     )
+
+
+Shape = tuple[int, int, int]
+
+
+def resized(
+    image_shape: Sequence[int], latent_shape: Sequence[int], *, height: int | None, width: int | None
+) -> tuple[Shape, Shape]:
+    """(C, H, W) of a picture and of its latents with other sides, in pixels; None is as it is."""
+    channels, own_height, own_width = image_shape
+    factor, shape = own_height // latent_shape[1], (channels, height or own_height, width or own_width)
+    return shape, (latent_shape[0], shape[1] // factor, shape[2] // factor)
+
+
+def told_size(text: TextFacts, image_shape: Sequence[int]) -> TextFacts:
+    """The same text with what a network that is told a picture's size is told of this one."""
+    return text if text.time_ids is None else replace(text, time_ids=size_ids(image_shape))
 
 
 def latent_multiple(facts: ModelFacts) -> int | None:

@@ -100,9 +100,9 @@ def bench_command(
     """Time the float32 twin, the quantized network and a baseline side by side, with their accuracy.
 
     Engines that `qncd build` made for the batch size are used, others are compiled for the run; those of a float16
-    baseline that was not named are kept in ENGINE_DIR/NAME-FORMAT-half. The gates are about the
-    first engine measured and its first precision of the float layers: its speedup over the baseline in the same
-    precision, or over the float32 twin where there is none, and its pictures against the float32 twin's.
+    baseline that was not named are kept in ENGINE_DIR/NAME-FORMAT-half. The gates are about the first engine measured
+    and its first precision of the float layers: its speedup over the baseline in the same precision, or over the
+    float32 twin where there is none, and its pictures against the float32 twin's.
     """
     if out is not None:
         check_output(out)
@@ -119,18 +119,19 @@ def bench_command(
         return tuple(compiled_blobs(engine_dir, of.path, engine_id, batch=batch_size))
 
     draw = Draw(eval_size, seed=seed, batch_size=batch_size, threads=threads)
-    with _baseline(opened, other, engines) as other, Bars().stage("bench") as tick:
+    with _baseline(opened, other, engines) as other:
         if other is not None and baseline is None:
             _keep_engines(other, engines, engine_dir / other.path.name, batch_size)
         variants = _variants(opened, other, engines, stored)
-        result = bench(
-            opened,
-            variants,
-            draw,
-            rounds=rounds,
-            baseline=next((variant.name for variant in variants if variant.bundle is not None), None),
-            on_progress=tick,
-        )
+        with Bars().stage("bench") as tick:  # after those of the builds: a terminal shows one at a time
+            result = bench(
+                opened,
+                variants,
+                draw,
+                rounds=rounds,
+                baseline=next((variant.name for variant in variants if variant.bundle is not None), None),
+                on_progress=tick,
+            )
     facts = result.to_json()
     if out is not None:
         write_results(out, opened, facts, name=JSON, bench=result, command=typed_command())

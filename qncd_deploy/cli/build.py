@@ -26,6 +26,7 @@ from qncd_deploy.engines.trt.options import TARGETS, Hardware
 from qncd_deploy.pipeline.build import BuildRequest, build, trtexec_lines
 from qncd_deploy.pipeline.fit import FitOptions, fit_into, is_fitted
 from qncd_deploy.runtime import Bundle
+from qncd_deploy.specs import pixels
 
 
 class _Targets(click.ParamType):
@@ -55,7 +56,7 @@ class _Sizes(click.ParamType):
         parts = [re.fullmatch(r"(\d+)x(\d+)", part) for part in value.lower().split(",")]
         if not all(parts):
             self.fail(f"{value!r}: expected sizes such as 768x512, width first, with commas.", param, ctx)
-        return tuple(dict.fromkeys((int(part[2]), int(part[1])) for part in parts if part is not None))
+        return tuple((int(part[2]), int(part[1])) for part in parts if part is not None)
 
 
 _tensorrt_options = together(
@@ -177,7 +178,7 @@ def build_command(
         if fit and engines[0].here and (new or not is_fitted(folder, sized, options)):
             with Bars().stage("fitting") as tick:
                 tables, fitted = fit_into(folder, sized, options, tick)
-            size = "" if sized.sides is None else " for {} x {} pixels (height x width)".format(*sized.sides)
+            size = "" if sized.sides is None else f" for {pixels(sized.sides)}"
             choices.append(f"{tables}  auto = {fitted.choice}{size}")
     if as_json:
         every = [engine.to_json() for engine in engines]

@@ -47,6 +47,7 @@ from qncd_deploy.pipeline.build import call_shapes
 from qncd_deploy.pipeline.recipes import RECIPES, Recipe
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import default_batch
+from qncd_deploy.specs import pixels
 
 
 @click.command("inspect")
@@ -150,7 +151,7 @@ def _show_bundle(
         for prompt in opened.prompts:
             console.print(f"    {prompt}", markup=False, highlight=False)
     for line in corrections:
-        size = "" if line["sides"] is None else ", {} x {} pixels (height x width)".format(*line["sides"])
+        size = "" if line["sides"] is None else f", {pixels(line['sides'])}"
         console.print(
             f"correction {line['choice']} of {', '.join(line['methods'])} for {line['backend']}, {line['scheduler']} "
             f"{line['n_steps']} steps, guidance {line['guidance_scale']:g}{size}, in {line['file']}"

@@ -36,6 +36,7 @@ from qncd_deploy.evaluate.variants import Variant
 from qncd_deploy.pictures import check_output, save_batches
 from qncd_deploy.pipeline.fit import FitOptions, fit_into
 from qncd_deploy.runtime import Bundle, Sampling
+from qncd_deploy.specs import SIDES
 from qncd_deploy.subjects import check_prompts, parse_labels
 
 
@@ -150,8 +151,7 @@ def sample_command(
         facts = {
             "output": str(out),
             "pictures": pictures,
-            "height": None if model.sides is None else model.sides[0],
-            "width": None if model.sides is None else model.sides[1],
+            **dict(zip(SIDES, model.sides or (None, None), strict=True)),
             "seed": seed,
             "engine": engine_id,
             "network": network,

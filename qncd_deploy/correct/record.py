@@ -27,7 +27,7 @@ import numpy as np
 from qncd_deploy.errors import BundleError, ScheduleError
 from qncd_deploy.files import canonical_json, load_npz, save_npz
 from qncd_deploy.schedule import Schedule
-from qncd_deploy.specs import Array
+from qncd_deploy.specs import Array, pixels
 from qncd_deploy.steps import SamplerConfig, Step, make_steps
 
 SCHEMA = 1
@@ -195,7 +195,7 @@ class ScheduleKey:
             (self.schedule_sha, f"noise schedule {self.schedule_sha[:8]}"),
             (self.backend, f"backend {self.backend}"),
             (self.plan_sha, f"plan {self.plan_sha[:8]}"),
-            (self.sides, "one size" if self.sides is None else "{} x {} pixels (height x width)".format(*self.sides)),
+            (self.sides, "one size" if self.sides is None else pixels(self.sides)),
         )
 
     def fit_command(self, bundle: Path | str) -> str:

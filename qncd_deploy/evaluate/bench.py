@@ -25,6 +25,7 @@ from qncd_deploy.evaluate.measure import Measurement, Stopwatch, graph_bytes, ma
 from qncd_deploy.evaluate.variants import REFERENCE, Variant, require_same_network
 from qncd_deploy.runtime import Bundle
 from qncd_deploy.sampler import Sampler
+from qncd_deploy.specs import pixels
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ def _context(entrants: Sequence[_Entrant], draw: Draw, rounds: int) -> dict[str,
     versions = {backend: backend_status(find_backend(backend)).version for backend in {e.backend for e in entrants}}
     sides = sampler.network.facts.sides
     return {
-        **({} if sides is None else {"pictures": "{} x {} pixels (height x width)".format(*sides)}),
+        **({} if sides is None else {"pictures": pixels(sides)}),
         "pictures a batch": str(sampler.batch_size),
         "rows a call": str(_rows(sampler)),
         "sampler": f"{config.scheduler}, {config.n_steps} steps{eta}{guidance}",

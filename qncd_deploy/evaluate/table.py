@@ -10,6 +10,7 @@ from rich.table import Table
 from qncd_deploy.evaluate.compare import Comparison
 from qncd_deploy.evaluate.judge import Figures
 from qncd_deploy.evaluate.metrics import Estimate
+from qncd_deploy.specs import pixels
 
 ESTIMATES: tuple[tuple[str, str, str], ...] = (
     ("shift", "shift", ".2g"),
@@ -38,7 +39,7 @@ def comparison_table(found: Comparison, sides: tuple[int, int] | None = None) ->
     the pictures.
     """
     ways = (found.reference, *found.variants)
-    size = "" if sides is None else " of {} x {} pixels (height x width)".format(*sides)
+    size = "" if sides is None else f" of {pixels(sides)}"
     table = Table(
         title=f"{found.reference.n} pictures{size} from {found.reference.first} on, seed {found.reference.seed}, "
         f"{found.reference.calls} network calls each",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qncd_deploy.errors import CheckpointError, UsageError
 from qncd_deploy.models.source import SourceModel
-from qncd_deploy.subjects import check_sides, size_ids
+from qncd_deploy.subjects import check_sides, resized, told_size
 
 COMPANIONS = ("features.onnx", "features-reference.npz")
 """Files that travel with a checkpoint: the feature network of the Frechet distance and its reference statistics."""
@@ -68,11 +68,8 @@ def load_source(
 def _resized(source: SourceModel, height: int | None, width: int | None) -> SourceModel:
     """The same network for pictures of another size. Raises UsageError for one that it would have to pad."""
     check_sides(source.image_shape, source.size_multiple, height=height, width=width)
-    channels, own_height, own_width = source.image_shape
-    factor = own_height // source.latent_shape[1]
-    image_shape = (channels, height or own_height, width or own_width)
-    latent_shape = (source.latent_shape[0], image_shape[1] // factor, image_shape[2] // factor)
+    image_shape, latent_shape = resized(source.image_shape, source.latent_shape, height=height, width=width)
     text = source.text
-    if text is not None and text.facts.time_ids is not None:
-        text = replace(text, facts=replace(text.facts, time_ids=size_ids(image_shape)))
+    if text is not None:
+        text = replace(text, facts=told_size(text.facts, image_shape))
     return replace(source, latent_shape=latent_shape, image_shape=image_shape, text=text)

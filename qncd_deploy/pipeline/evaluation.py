@@ -18,6 +18,7 @@ from qncd_deploy.evaluate.store import Store
 from qncd_deploy.evaluate.variants import Variant, fitted_methods
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.runtime import Bundle
+from qncd_deploy.specs import SIDES
 
 ALL = "all"
 """The correction that stands for auto, off and every one that was fitted."""
@@ -75,8 +76,7 @@ def evaluation_json(bundle: Bundle, options: EvalOptions, comparison: Comparison
     """The figures and what they are of, in plain values."""
     draw, sides = options.draw, bundle.manifest.model.sides
     return {
-        "height": None if sides is None else sides[0],
-        "width": None if sides is None else sides[1],
+        **dict(zip(SIDES, sides or (None, None), strict=True)),
         "bundle": bundle.path.resolve().name,
         "pictures": draw.count,
         "seed": draw.seed,

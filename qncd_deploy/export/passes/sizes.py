@@ -52,10 +52,9 @@ class SizeRules:
         Nodes that a pass has removed need no rule. Raises: ExportError if a tensor is gone whose size a rule asks for.
         """
         graph = model.graph
-        values = {value.name: value for value in graph.inputs}
-        values |= {output.name: output for node in graph for output in node.outputs}
         users = {node.outputs[0].name: node for node in graph}
-        known = {name: _quantized_twin(value) for name, value in values.items()}
+        values = (*graph.inputs, *(output for node in graph for output in node.outputs))
+        known = {value.name: _quantized_twin(value) for value in values}
         known |= {name: initializer(graph, f"{_PREFIX}{name}", array) for name, array in self.constants.items()}
         for rule in self.nodes:
             if gone := [name for name in rule.inputs if name is not None and name not in known]:
