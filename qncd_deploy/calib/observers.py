@@ -153,8 +153,8 @@ def _histogram(x: np.ndarray, exponent: int) -> tuple[np.ndarray, float]:
         index += HALF_BINS
         index -= np.signbit(scaled)  # kept by what is too small to stay nonzero
         counts += np.bincount(index, minlength=2 * HALF_BINS)
-        wide = chunk.astype(np.float64)
-        sum_square += float(wide @ wide)
+        # no product of vectors: BLAS has threads of its own, which fight for the cores with torch's between two calls
+        sum_square += float(np.square(chunk, dtype=np.float64).sum())
     return counts, sum_square
 
 
