@@ -110,16 +110,22 @@ class Sampler:
         drawn = network.text.prompts if prompts is None else tuple(prompts)
         told = network.text.encode(drawn, negative_prompt)
         condition = ConditionFacts("text", classes=len(drawn) + 1, null_class=len(drawn))
-        return Sampler(
+        return self.using(
             replace(
                 network,
                 facts=replace(network.facts, condition=condition),
                 embedding=told,
                 text=replace(network.text, prompts=drawn),
-            ),
+            )
+        )
+
+    def using(self, network: Network | None = None, *, table: CorrectionTable | None = None) -> Sampler:
+        """A sampler for another form of the network or with another table, which leaves the engines to this one."""
+        return Sampler(
+            network or self.network,
             config=self.config,
             guidance_scale=self.guidance_scale,
-            table=self.table,
+            table=table or self.table,
             batch_size=self.batch_size,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_runtime import write_bundle
 from qncd_deploy.correct.record import load_tables
 from qncd_deploy.engines.base import BACKENDS
 from qncd_deploy.engines.ort import OrtEngine
+from qncd_deploy.engines.remembering import Answers
 from qncd_deploy.errors import BundleError, UsageError
 from qncd_deploy.evaluate.contest import contests_of
 from qncd_deploy.pipeline.fit import Arena, FitOptions, fit, fit_into
@@ -107,6 +109,23 @@ def test_without_resume_everything_is_recorded_anew_but_once(bundle: Bundle, tmp
         for _ in range(2):  # a second engine uses what the first recorded
             fit(bundle, OPTIONS, recordings, silent)
     assert len(calls) == 2 * 4
+
+
+def test_nothing_is_computed_twice_and_nothing_comes_out_otherwise(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]
+) -> None:
+    contest = FitOptions("onnxruntime", methods=("qdrift", "qncd", "ptqd"), size=8, threads=1)
+    found, counts = [], []
+    for answers in (Answers(0), Answers()):
+        with Recordings.open(tmp_path / "fits", bundle) as recordings:
+            recordings.answers = answers
+            first = fit(bundle, contest, recordings, silent)
+            calls.clear()
+            again = fit(bundle, contest, recordings, silent)
+        found.append((first.to_json(), again.to_json(), [list(map(asdict, table.fixes)) for table in first.tables]))
+        counts.append(len(calls))
+    np.testing.assert_equal(found[0], found[1])
+    assert counts[0] > 50 and counts[1] == 0  # a second engine with the same float twin asks that nothing new
 
 
 def test_what_is_of_a_graph_that_is_no_more_is_deleted(bundle: Bundle, tmp_path: Path) -> None:

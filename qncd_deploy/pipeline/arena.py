@@ -140,13 +140,7 @@ class Arena:
         held = self._samples.get(candidate.name)
         start = 0 if held is None else len(held)
         if start < count:
-            sampler = Sampler(
-                self.plain.network,
-                config=self.plain.config,
-                guidance_scale=self.plain.guidance_scale,
-                table=CorrectionTable(candidate.name, self.plain.table.key, candidate.fixes),
-                batch_size=self.plain.batch_size,
-            )
+            sampler = self.plain.using(table=CorrectionTable(candidate.name, self.plain.table.key, candidate.fixes))
             indices: Sequence[int] = self.exact.indices[start:count].tolist()
             snr: list[float] = []
 

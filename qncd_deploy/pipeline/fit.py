@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qncd_deploy.bundle import CONDITION_ROLES
 from qncd_deploy.correct.methods import METHODS
 from qncd_deploy.correct.record import CorrectionTable, ScheduleKey, StepFix, Tables, load_tables, save_tables
 from qncd_deploy.engines.base import Remainder, backend_status, default_backend, find_backend, make_engine_id
+from qncd_deploy.engines.remembering import Answers, remembering
 from qncd_deploy.errors import CalibrationError, UsageError
 from qncd_deploy.evaluate.batches import Draw
 from qncd_deploy.evaluate.contest import OBJECTIVES, OFF, Contest
@@ -122,8 +123,10 @@ def fit(bundle: Bundle, options: FitOptions, recordings: Recordings, tick: Tick)
     twin = _twin_backend(options.backend)
     quantized = Variant(OFF, options.backend, OFF, remainder=options.remainder, blobs=options.blobs)
     with ExitStack() as stack:
-        exact = stack.enter_context(Variant(REFERENCE, twin, float_twin=True).open(bundle, draw))
-        plain = stack.enter_context(quantized.open(bundle, draw))
+        exact, plain = (
+            _remembering(stack.enter_context(variant.open(bundle, draw)), recordings.answers)
+            for variant in (Variant(REFERENCE, twin, float_twin=True), quantized)
+        )
         done = _Work(tick, options, calls=len(plain.steps))
         study = _recorded(bundle, exact, plain, draw, recordings, done)
         fitted, refused = _fit_all(study, options)
@@ -237,6 +240,11 @@ class _Work:
             return model(x, t)
 
         return predict
+
+
+def _remembering(sampler: Sampler, answers: Answers) -> Sampler:
+    network = sampler.network
+    return sampler.using(replace(network, unet=remembering(network.unet, answers, source=network.source)))
 
 
 def _recorded(

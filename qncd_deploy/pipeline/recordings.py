@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qncd_deploy.engines.remembering import Answers
 from qncd_deploy.evaluate.store import network_ids
 from qncd_deploy.files import canonical_json, exclusive
 from qncd_deploy.runtime import Bundle
@@ -24,10 +25,14 @@ _DIGITS = 16
 
 
 class Recordings:
-    """The recordings of one bundle, which no other process uses at the same time."""
+    """The recordings of one bundle, which no other process uses at the same time.
+
+    answers: of the same networks in this process, to whoever asks them what was asked before.
+    """
 
     def __init__(self, folder: Path, *, resume: bool = True) -> None:
         self.folder = folder
+        self.answers = Answers()
         self._resume = resume
         self._used: set[Path] = set()
 
