@@ -126,13 +126,7 @@ class _Entrant:
         before = resident_bytes(), arrays.used_bytes()
         sampler = variant.open(bundle, draw)
         stopwatch = Stopwatch(sampler.network.unet)
-        timed = Sampler(
-            replace(sampler.network, unet=stopwatch),
-            config=sampler.config,
-            guidance_scale=sampler.guidance_scale,
-            table=sampler.table,
-            batch_size=sampler.batch_size,
-        )
+        timed = sampler.using(replace(sampler.network, unet=stopwatch))
         try:
             _require_full_rows(variant, sampler)
             # of several networks that take turns the last is first called near the end

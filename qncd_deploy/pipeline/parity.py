@@ -28,7 +28,6 @@ from qncd_deploy.engines.trt.options import BuildOptions, Shapes
 from qncd_deploy.errors import EngineError, GateFailed
 from qncd_deploy.prompts import open_tokenizer, tokenize
 from qncd_deploy.runtime import ONE_SIZE, Bundle
-from qncd_deploy.sampler import Sampler
 
 FIRST_PICTURE = 5 << 28
 """Pictures from here on: shared with no other use of a seed."""
@@ -113,14 +112,7 @@ def record(bundle: Bundle, *, rows: int, one_size: bool = True) -> dict[str, Cas
         per_picture = 1 if sampler.guidance_scale == 1 else 2
         pictures = range(FIRST_PICTURE, FIRST_PICTURE + max(1, rows // per_picture))
         recorder = _Recorder(sampler.network.unet)
-        recording = Sampler(
-            replace(sampler.network, unet=recorder),
-            config=sampler.config,
-            guidance_scale=sampler.guidance_scale,
-            table=sampler.table,
-            batch_size=len(pictures),
-        )
-        *_, last = recording.trajectory(pictures)
+        *_, last = sampler.using(replace(sampler.network, unet=recorder)).trajectory(pictures)
         case = Case(tuple(recorder.feeds), tuple(recorder.returned), None, backend)
         own = find_backend(backend).role()
         cases = {}
