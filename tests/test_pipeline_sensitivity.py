@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from qncd_deploy.export.passes.insert_qdq import InsertQDQ  # noqa: E402
 from qncd_deploy.pipeline.calibrate import in_batches, probing  # noqa: E402
 from qncd_deploy.pipeline.network import FloatNetwork, read_network  # noqa: E402
 from qncd_deploy.pipeline.options import ExportOptions  # noqa: E402
-from qncd_deploy.pipeline.output_error import output_errors  # noqa: E402
+from qncd_deploy.pipeline.output_error import output_errors, running  # noqa: E402
 from qncd_deploy.pipeline.sensitivity import edge_costs, unmeasured, weight_noise  # noqa: E402
 from qncd_deploy.quant.budget import LARGEST_BUDGET, LEAST_SHARE, TOO_NOISY, EdgeCost, keep_float, output_noise  # noqa: E402
 from qncd_deploy.quant.decide import decide, make_plan  # noqa: E402
@@ -184,7 +185,8 @@ def test_prediction_against_quantizing_one_tensor_at_a_time(
             ir.convenience.replace_all_uses_with(quantized.outputs[0], exact)
         forms.append((model, plan))
     rows = calib.take(np.unique(np.linspace(0, len(calib) - 1, 32).astype(int)))
-    measured = [error.relative for error in output_errors(network.model, forms, network.facts.inputs, rows, tmp_path)]
+    exact, *rounded = (partial(running, *form, tmp_path) for form in [(network.model, None), *forms])
+    measured = [error.relative for error in output_errors(exact, rounded, network.facts.inputs, rows)]
     ratio = np.array([cost.noise for cost in tried]) / measured
     # One probe per row and 32 rows: chi-squared with 32 degrees, a standard deviation of 25 %, more where few rows
     # carry the noise; a factor of two either way is three of them.
@@ -210,7 +212,8 @@ def test_prediction_against_rounding_one_weight_at_a_time(
         weight.const_value = ir.tensor(rounded, name=site.name)
         forms.append((model, None))
     rows = calib.take(np.unique(np.linspace(0, len(calib) - 1, 32).astype(int)))
-    measured = [error.relative for error in output_errors(network.model, forms, network.facts.inputs, rows, tmp_path)]
+    plain, *others = (partial(running, *form, tmp_path) for form in [(network.model, None), *forms])
+    measured = [error.relative for error in output_errors(plain, others, network.facts.inputs, rows)]
     ratio = np.array([found[site.name][width] for site in tried]) / measured
     assert np.all((ratio > 0.5) & (ratio < 2)), ratio  # as above
     assert measured[-1] > 10 * measured[0]

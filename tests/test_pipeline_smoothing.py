@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -221,17 +222,31 @@ def test_the_closest_pictures_win(monkeypatch, network, tmp_path, errors, gains,
     _, calib, options = network
     drafts = [SimpleNamespace(master=partial(SimpleNamespace, index=i), plan=None) for i in range(4)]
     alternatives = Smoothing({"b": decision("b")}, {"q": decision("q")}, ("b", "q")).alternatives()
+    opened: list[int] = []
+
+    @contextmanager
+    def running(graph, plan, scratch):
+        opened.append(graph.index)
+        yield graph
+
+    def entered(forms) -> list[int]:
+        with ExitStack() as stack:
+            return [stack.enter_context(form()).index for form in forms]
+
+    monkeypatch.setattr(judging, "running", running)
     monkeypatch.setattr(
-        judging, "output_errors", lambda model, forms, *_: [SimpleNamespace(relative=errors[f.index]) for f, _ in forms]
+        judging, "output_errors", lambda exact, forms, *_: [SimpleNamespace(relative=errors[i]) for i in entered(forms)]
     )
     monkeypatch.setattr(
-        judging, "latent_snr_db", lambda _, forms, **__: [20 + ROWS * (f.index > 0) + gains[f.index] for f, _ in forms]
+        judging, "latent_snr_db", lambda _, __, forms, **___: [20 + ROWS * (i > 0) + gains[i] for i in entered(forms)]
     )
     net = SimpleNamespace(model=None, schedule="any", facts=SimpleNamespace(sized_inputs=()), is_large=large)
     found, figures = judge(net, alternatives, drafts, calib, options, tmp_path)
     assert found == chosen and figures.folded == alternatives[chosen].folded
     assert figures.network_error[0] == 1.0
     assert (figures.latent_snr_db is None) == (min(errors[1:]) > 1)
+    assert opened[:4] == [0, 1, 2, 3]  # one at a time where several would not fit, once where they do
+    assert len(opened) == (6 if large and min(errors[1:]) < 1 else 4)
 
 
 def test_more_attempts_need_more_evidence() -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from qncd_deploy.pipeline.fits import engines_to_fit, fit_engines, options_of, u
 from qncd_deploy.pipeline.forecast import Pace, forecast
 from qncd_deploy.pipeline.network import FloatNetwork, read_network
 from qncd_deploy.pipeline.options import ExportOptions
-from qncd_deploy.pipeline.output_error import output_errors, spread_rows
+from qncd_deploy.pipeline.output_error import output_errors, running, spread_rows
 from qncd_deploy.pipeline.progress import Progress
 from qncd_deploy.pipeline.proof import Proof, prove, write_page
 from qncd_deploy.pipeline.quantize import Quantized, policy_of, quantize, quantize_weights
@@ -158,8 +159,9 @@ def _quantized(network: FloatNetwork, options: ExportOptions, scratch: Path, pro
     if options.brings_graph:
         with progress.stage("output error"):
             rows = spread_rows(calib, CHECKED_ROWS)
-            form = [(quantized.graphs[GRAPHS["master"]], quantized.plan)]
-            (error,) = output_errors(network.model, form, network.facts.sized_inputs, rows, scratch)
+            forms = ((network.model, None), (quantized.graphs[GRAPHS["master"]], quantized.plan))
+            exact, rounded = (partial(running, graph, plan, scratch) for graph, plan in forms)
+            (error,) = output_errors(exact, [rounded], network.facts.sized_inputs, rows)
         return replace(quantized, plan=replace(quantized.plan, output_sqnr_db=round(error.sqnr_db, 2)))
     return quantized
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from qncd_deploy.engines.base import BaseEngine
 from qncd_deploy.engines.eps_model import EngineModel
 from qncd_deploy.evaluate.metrics import row_power
 from qncd_deploy.pipeline.calibrate import PICTURES, rows_per_run
 from qncd_deploy.pipeline.network import FloatNetwork, condition_rows
-from qncd_deploy.pipeline.output_error import running
-from qncd_deploy.quant.plan import QuantPlan
+from qncd_deploy.pipeline.output_error import Form
 from qncd_deploy.sample import guided, rollout
 from qncd_deploy.specs import EpsModel
 from qncd_deploy.steps import initial_scale, make_steps
@@ -29,22 +26,17 @@ FIRST_PICTURE = 3 << 28
 
 
 def latent_snr_db(
-    network: FloatNetwork,
-    quantized: Iterable[tuple[ir.Model, QuantPlan]],
-    *,
-    pictures: int,
-    seed: int,
-    scratch: Path,
+    network: FloatNetwork, exact: Form, quantized: Iterable[Form], *, pictures: int, seed: int
 ) -> list[np.ndarray]:
-    """For every form, masters made by InsertQDQ from their plans: 10 log10 sum x^2 / sum (x_q - x)^2 of each picture's
-    final latents, (pictures,), same noise and labels for all, with the engine of this machine.
+    """For every quantized form: 10 log10 sum x^2 / sum (x_q - x)^2 of each picture's final latents, (pictures,), same
+    noise and labels for all.
     """
     latents = []
-    for graph, plan in chain([(network.model, None)], quantized):
-        with running(graph, plan, scratch) as engine:
+    for form in chain([exact], quantized):
+        with form() as engine:
             latents.append(_latents(network, engine, pictures, seed))
-    exact, *others = latents
-    return [picture_snr_db(exact, found) for found in others]
+    signal, *others = latents
+    return [picture_snr_db(signal, found) for found in others]
 
 
 def picture_snr_db(exact: np.ndarray, found: np.ndarray) -> np.ndarray:

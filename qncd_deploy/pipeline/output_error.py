@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -40,23 +41,21 @@ class OutputError:
         return float(10 * np.log10(self.signal.sum() / max(self.noise.sum(), np.finfo(np.float64).tiny)))
 
 
+Form = Callable[[], AbstractContextManager[BaseEngine]]
+"""Opens a form of a network, float or quantized; asked when it is to run, so that one at a time needs to be there."""
+
+
 def output_errors(
-    model: ir.Model,
-    quantized: Iterable[tuple[ir.Model, QuantPlan]],
-    inputs: Sequence[TensorSpec],
-    rows: CalibSet,
-    scratch: Path,
+    exact: Form, quantized: Iterable[Form], inputs: Sequence[TensorSpec], rows: CalibSet
 ) -> list[OutputError]:
-    """Errors of several quantized forms of `model`, masters made by InsertQDQ from their plans, on the same rows; one
-    after another, so that one at a time needs to be in memory.
-    """
+    """Errors of several quantized forms of a network on the same rows, one form after another."""
     outputs = []
-    for graph, plan in chain([(model, None)], quantized):
-        with running(graph, plan, scratch) as engine:
+    for form in chain([exact], quantized):
+        with form() as engine:
             parts = [next(iter(engine(as_fed(feeds, inputs)).values())) for feeds in in_batches(rows, inputs)]
         outputs.append(np.concatenate(parts)[: len(rows)])  # the last batch may be filled up
-    exact, *others = outputs
-    return [OutputError(row_power(exact), row_power(found - exact)) for found in others]
+    signal, *others = outputs
+    return [OutputError(row_power(signal), row_power(found - signal)) for found in others]
 
 
 @contextmanager
@@ -70,6 +69,16 @@ def running(graph: ir.Model, plan: QuantPlan | None, scratch: Path) -> Iterator[
         OrtSibling(plan)(graph)
     with on_disk(graph, scratch) as path, open_engine(backend.name, path, remainder="f32") as engine:
         yield engine
+
+
+def kept_open(form: Form, stack: ExitStack) -> Form:
+    """The same form, opened once and closed with the stack: compiling takes longer than running a few rows."""
+
+    @cache
+    def engine() -> BaseEngine:
+        return stack.enter_context(form())
+
+    return lambda: nullcontext(engine())
 
 
 def spread_rows(calib: CalibSet, count: int) -> CalibSet:

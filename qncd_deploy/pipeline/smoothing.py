@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -20,11 +21,11 @@ from qncd_deploy.pipeline.draft import Draft
 from qncd_deploy.pipeline.free_run import latent_snr_db
 from qncd_deploy.pipeline.network import FloatNetwork
 from qncd_deploy.pipeline.options import ExportOptions
-from qncd_deploy.pipeline.output_error import output_errors
+from qncd_deploy.pipeline.output_error import Form, kept_open, output_errors, running
 from qncd_deploy.pipeline.progress import Tick
 from qncd_deploy.pipeline.samples import Sample, edge_samples
 from qncd_deploy.quant.decide import decide
-from qncd_deploy.quant.plan import LayerSite, QuantPlan
+from qncd_deploy.quant.plan import LayerSite
 from qncd_deploy.quant.policy import Policy
 from qncd_deploy.quant.qncd import ResBlock
 from qncd_deploy.quant.smooth import (
@@ -141,26 +142,28 @@ def judge(
     drafts: the alternatives with their plans.
     """
 
-    def masters(some: Iterable[int]) -> Iterator[tuple[ir.Model, QuantPlan]]:
-        return ((drafts[i].master(), drafts[i].plan) for i in some)
+    def quantized(draft: Draft) -> Form:
+        return lambda: running(draft.master(), draft.plan, scratch)
 
     others = range(1, len(drafts))
     rows = calib.take(spread(Parts.of(calib).unseen, JUDGED_ROWS))
-    found = output_errors(network.model, masters((0, *others)), network.facts.sized_inputs, rows, scratch)
-    errors = [each.relative for each in found]
-    best = min(others, key=errors.__getitem__)
-    better = [i for i in others if errors[i] <= (1 - MIN_GAIN) * errors[0]]
-    latents: dict[int, np.ndarray] = {}
-    if network.is_large:
-        better = [best] if best in better else []
-    if better and network.schedule is not None:
-        tried = (0, *better)
-        closeness = latent_snr_db(
-            network, masters(tried), pictures=options.fit_size, seed=options.seed, scratch=scratch
-        )
-        latents = dict(zip(tried, closeness, strict=True))
-        best = max(better, key=lambda i: latents[i].mean())
-        better = [best] if _beyond_chance(latents[best] - latents[0], tried=len(better)) else []
+    with ExitStack() as stack:
+        forms = [lambda: running(network.model, None, scratch), *map(quantized, drafts)]
+        exact, *tried = forms if network.is_large else [kept_open(form, stack) for form in forms]
+        errors = [each.relative for each in output_errors(exact, tried, network.facts.sized_inputs, rows)]
+        best = min(others, key=errors.__getitem__)
+        better = [i for i in others if errors[i] <= (1 - MIN_GAIN) * errors[0]]
+        latents: dict[int, np.ndarray] = {}
+        if network.is_large:
+            better = [best] if best in better else []
+        if better and network.schedule is not None:
+            some = (0, *better)
+            closeness = latent_snr_db(
+                network, exact, [tried[i] for i in some], pictures=options.fit_size, seed=options.seed
+            )
+            latents = dict(zip(some, closeness, strict=True))
+            best = max(better, key=lambda i: latents[i].mean())
+            better = [best] if _beyond_chance(latents[best] - latents[0], tried=len(better)) else []
     chosen = best if better else 0
     figures = replace(
         alternatives[chosen],
