@@ -174,7 +174,7 @@ def _weights(
     groups = [{"params": [each.v for each in roundings], "lr": preset.rate}]
     if not preset.steps_iterations:
         groups += [{"params": [s.step], "lr": preset.steps_rate * s.step.item()} for s in _free_steps(block)]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, (lambda done: 1 - done / iterations) if preset.decay else (lambda done: 1.0)
     )
@@ -197,7 +197,7 @@ def _steps(block: QuantizedBlock, rows: Rows, train: np.ndarray, preset: Preset,
     """Learn step sizes with the weights on their grids."""
     run = block.hard()
     steps = _free_steps(block)
-    optimizer = torch.optim.Adam([step.step for step in steps], lr=preset.steps_rate)
+    optimizer = torch.optim.Adam([step.step for step in steps], lr=preset.steps_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, preset.steps_iterations)
     for _ in range(preset.steps_iterations):
         feeds, target = rows(pick.choice(train, preset.batch))
