@@ -13,6 +13,7 @@ from qncd_deploy.quant.qncd import ResBlock
 
 torch = pytest.importorskip("torch")
 
+from qncd_deploy.quant import smooth  # noqa: E402
 from qncd_deploy.quant.smooth import (  # noqa: E402 - needs torch
     METHODS,
     QNCD_ALPHAS,
@@ -197,3 +198,23 @@ def test_smoothing_of_even_linears_is_refused() -> None:
     skewed = {"skewed": np.linspace(0.5, 2, C).astype(np.float32)}
     decision = choose(skewed, [even], fit=tokens[:1], tune=tokens[1:2], held_out=tokens[2:], policy=POLICY)
     assert not decision.kept and decision.error_after > decision.error_before
+
+
+@pytest.mark.parametrize("out_axis", [0, 1])
+def test_of_a_large_weight_some_channels_judge_for_all(monkeypatch: pytest.MonkeyPatch, out_axis: int) -> None:
+    wide = linear("wide", 1024, out_axis=out_axis, seed=12)
+    factors = smoothquant_candidates([wide], np.abs(TOKENS).max(axis=(0, 1)))
+    given = {"fit": TOKENS[:1], "tune": TOKENS[1:2], "held_out": TOKENS[2:], "policy": POLICY}
+    assert wide.judged() is wide
+    whole = choose(factors, [wide], **given)
+    monkeypatch.setattr(smooth, "JUDGED_NUMBERS", 256 * C)
+    some = wide.judged()
+    assert some.weight.shape[out_axis] == 256 and some.weight.shape[1 - out_axis] == C
+    np.testing.assert_array_equal(some.weight.take([0, -1], out_axis), wide.weight.take([0, -1], out_axis))
+    found = choose(factors, [wide], **given)
+    assert found.label == whole.label and found.kept
+    # both sums run over channels drawn alike: 256 of them, each a sum over 40 tokens, leave a few percent
+    assert found.error_before == pytest.approx(whole.error_before, rel=0.1)
+    assert found.error_after == pytest.approx(whole.error_after, rel=0.1)
+    monkeypatch.setattr(smooth, "JUDGED_NUMBERS", 1)
+    assert wide.judged().weight.shape[out_axis] == smooth.LEAST_CHANNELS

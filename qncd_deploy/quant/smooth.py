@@ -31,6 +31,11 @@ SmoothQuant needs the 0.1 for 4-bit weights and the others for 8-bit ones, and n
 MIN_GAIN = 0.02
 """The least relative fall of the error that is no accident, and worth a multiplication that runtimes fuse into SiLU."""
 
+JUDGED_NUMBERS = 1 << 20
+LEAST_CHANNELS = 64
+"""Of a weight with more numbers so many of its output channels judge a factor: finding grids for all of them takes most
+of the time, and each channel's error is a mean over thousands of values already."""
+
 
 @dataclass(frozen=True, eq=False)
 class Reader:
@@ -46,6 +51,15 @@ class Reader:
         """(C,) float32: the largest |w| of every input channel."""
         axis = self.site.in_axis
         return np.abs(self.weight).max(axis=tuple(i for i in range(self.weight.ndim) if i != axis))
+
+    def judged(self) -> Reader:
+        """With those output channels alone that a factor is judged by, evenly spread."""
+        channels = self.weight.shape[self.site.out_axis]
+        count = max(LEAST_CHANNELS, JUDGED_NUMBERS * channels // max(1, self.weight.size))
+        if count >= channels:
+            return self
+        chosen = np.linspace(0, channels - 1, count).astype(int)
+        return Reader(self.site, self.weight.take(chosen, axis=self.site.out_axis))
 
 
 def block_candidates(
@@ -120,8 +134,9 @@ def choose(
     Linears. Activation ranges come from `fit` for all. So do factors as a rule, and none is chosen on it: the more a
     factor evens out the very samples it was computed from, the better it looks there, and clips others.
     """
-    forms = {label: _Form.of(s, readers, fit=fit, policy=policy) for label, s in factors.items()}
-    exact = _outputs(tune, readers)
+    judged = [reader.judged() for reader in readers]
+    forms = {label: _Form.of(s, judged, fit=fit, policy=policy) for label, s in factors.items()}
+    exact = _outputs(tune, judged)
     best = min(forms, key=lambda label: forms[label].error(tune, exact))
     return _accept(best, forms[best], fit=fit, held_out=held_out, policy=policy)
 
@@ -130,7 +145,8 @@ def accept(
     label: str, s: np.ndarray, readers: Sequence[Reader], *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
 ) -> Decision:
     """Judge one factor on held-out samples; arguments as in `choose`."""
-    return _accept(label, _Form.of(s, readers, fit=fit, policy=policy), fit=fit, held_out=held_out, policy=policy)
+    judged = [reader.judged() for reader in readers]
+    return _accept(label, _Form.of(s, judged, fit=fit, policy=policy), fit=fit, held_out=held_out, policy=policy)
 
 
 def _accept(label: str, form: _Form, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy) -> Decision:
