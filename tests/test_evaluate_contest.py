@@ -25,6 +25,7 @@ CONTEST = Contest(
     best="filter+ibc",
     confirmed={"off": 0.55, "filter+ibc": 0.12},
     wins=0.97,
+    confirming=18,
     refused={"d2dpm": "too few"},
     latent_snr_db={name: (10.0, 200.0) for name in ("off", "ptqd", "tac", "filter", "filter+ibc", "dns")},
 )
@@ -35,7 +36,18 @@ def test_a_manifest_keeps_it() -> None:
     held = Contest.from_json(json.loads(canonical_json(given.to_json())))
     assert held.screened.pop("off") == 0.1235  # four digits
     assert held.order(held.screened) == ["dns", "tac"] and all(map(math.isnan, held.screened.values()))
-    same = ("choice", "objective", "pictures", "confidence", "figures", "best", "confirmed", "wins", "refused")
+    same = (
+        "choice",
+        "objective",
+        "pictures",
+        "confidence",
+        "figures",
+        "best",
+        "confirmed",
+        "wins",
+        "confirming",
+        "refused",
+    )
     for name in (*same, "latent_snr_db"):
         assert getattr(held, name) == getattr(given, name), name
 
@@ -79,6 +91,12 @@ def test_every_method_is_of_a_kind_and_a_part_of_one_is_made_of_it() -> None:
     assert kind_of("ptqd@late") == kind_of("ibc-map") == "combined"
 
 
+def test_older_files_do_not_say_how_many_pictures_confirmed() -> None:
+    facts = CONTEST.to_json()
+    del facts["confirming"]
+    assert "instead of 0.55 on fresh pictures, better in 97%" in Contest.from_json(facts).line()
+
+
 def test_half_of_nearly_nothing_is_two() -> None:
     assert [half_of(count) for count in (1, 2, 3, 4, 5, 64)] == [1, 2, 2, 2, 2, 32]
     assert CONTEST.half == 4
@@ -87,11 +105,11 @@ def test_half_of_nearly_nothing_is_two() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "filter+ibc: shift 0.12 instead of 0.55 on 9 fresh pictures, better in 97% of their resamples"),
+        ({}, "filter+ibc: shift 0.12 instead of 0.55 on 18 fresh pictures, better in 97% of their resamples"),
         ({"choice": "tac"}, "tac, asked for by name"),
         (
             {"choice": "off", "wins": 0.894},
-            "nothing: filter+ibc, the best, is better in 89% of the resamples of 9 fresh pictures, 95% are asked for",
+            "nothing: filter+ibc, the best, is better in 89% of the resamples of 18 fresh pictures, 95% are asked for",
         ),
         ({"choice": "off", "best": None, "wins": None}, "nothing: none is better by shift on 9 held-out pictures"),
     ],

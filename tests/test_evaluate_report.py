@@ -131,6 +131,7 @@ def contest() -> Contest:
         best="filter+ibc",
         confirmed={"off": 0.068, "filter+ibc": 0.0041},
         wins=1.0,
+        confirming=128,
         refused={"tac": f"tac: 3 pictures to fit on {EVIL}"},
         latent_snr_db=dict.fromkeys(("off", "ptqd", "filter", "filter+ibc", "tac:paper"), curve),
     )
@@ -231,7 +232,8 @@ def test_the_page_holds_its_numbers() -> None:
         "0.9375", "0.9420", "0.299", "4 + 2", "seed 5",
         "8.0 MiB", "24.0 MiB in float: 3.0 times smaller",
         "class 7, ", "difference times 8",
-        "shift 0.0041 instead of 0.068 without correction on 64 pictures that nothing was chosen by, better in 100 %",
+        "shift 0.0041 instead of 0.068 without correction on 128 fresh pictures, which nothing was chosen by, "
+        "better in 100 %",
         "The best single published method, ptqd, reaches 0.0122.",
         "made of the best, taken 0.00301 0.0035", "best published 0.0122 0.0131", "published 13.6",
         "tacnot fitted: tac: 3 pictures", "first 32",
@@ -300,7 +302,7 @@ def test_why_nothing_is_corrected_or_something_that_does_not_help() -> None:
     weak = replace(contest(), choice="off", wins=0.894)
     said = words(with_contest(weak))
     assert "openvino-f32: no correction" in said
-    assert "the best, filter+ibc, is better in 89 % of the resamples of 64 fresh pictures, and 95 % are" in said
+    assert "the best, filter+ibc, is better in 89 % of the resamples of 128 fresh pictures, and 95 % are" in said
     alone = replace(weak, figures={"off": 0.1}, screened={"off": 0.1}, best=None, wins=None, latent_snr_db={})
     page = render(with_contest(alone))
     assert "nothing is better than that" in page and "<svg" not in page

@@ -125,6 +125,8 @@ def test_nothing_is_computed_twice_and_nothing_comes_out_otherwise(
         found.append((first.to_json(), again.to_json(), [list(map(asdict, table.fixes)) for table in first.tables]))
         counts.append(len(calls))
     np.testing.assert_equal(found[0], found[1])
+    facts = found[0][0]
+    assert facts["confirming"] == (None if facts["wins"] is None else 16)  # twice as many as were fitted on
     assert counts[0] > 50 and counts[1] == 0  # a second engine with the same float twin asks that nothing new
 
 

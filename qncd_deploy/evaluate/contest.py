@@ -26,10 +26,10 @@ class Contest:
     choice: a name, OFF if nothing is better beyond chance;  objective: "shift", where less is better, or "psnr", in dB;
     pictures: held out to choose by, in all, 0 where nothing competed;  screened: the objective of every candidate on
     the first half of them;  figures: on all of them, of OFF, the finalists and what was made of these;  best: of
-    `figures`, None if that is OFF;  confirmed: the objective of OFF and `best` on as many pictures that nothing was
-    chosen by;  wins: the share of bootstrap resamples of these in which `best` beats OFF;  confidence: the share that
-    is asked for;  refused: why a method could not be fitted;
-    latent_snr_db: one a network call, over the same few pictures for all; see evaluate.batches.
+    `figures`, None if that is OFF;  confirmed: the objective of OFF and `best` on fresh pictures, which nothing was
+    chosen by;  wins: the share of bootstrap resamples of these in which `best` beats OFF;  confirming: how many they
+    are, None where nobody wrote it down;  confidence: the share that is asked for;  refused: why a method could not be
+    fitted;  latent_snr_db: one a network call, over the same few pictures for all; see evaluate.batches.
     """
 
     choice: str
@@ -41,6 +41,7 @@ class Contest:
     best: str | None = None
     confirmed: Mapping[str, float] = field(default_factory=dict)
     wins: float | None = None
+    confirming: int | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     latent_snr_db: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -54,6 +55,7 @@ class Contest:
             "best": self.best,
             "confirmed": {name: _plain(value) for name, value in self.confirmed.items()},
             "wins": self.wins,
+            "confirming": self.confirming,
             "refused": dict(self.refused),
             "figures": {name: _plain(value) for name, value in self.figures.items()},
             "screened": {name: _plain(value) for name, value in self.screened.items()},
@@ -65,7 +67,8 @@ class Contest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Contest:
         """What to_json made. Raises KeyError if something is missing."""
-        plain = {part.name: data[part.name] for part in fields(Contest)}
+        plain = {part.name: data[part.name] for part in fields(Contest) if part.name != "confirming"}
+        plain["confirming"] = data.get("confirming")  # which older files do not have
         for tried in ("figures", "screened", "confirmed"):
             plain[tried] = {name: math.nan if value is None else value for name, value in data[tried].items()}
         plain["latent_snr_db"] = {name: tuple(values) for name, values in data["latent_snr_db"].items()}
@@ -77,14 +80,14 @@ class Contest:
             return f"nothing: none is better by {self.objective} on {self.pictures} held-out pictures"
         if self.choice == OFF:
             return (
-                f"nothing: {self.best}, the best, is better in {self.wins:.0%} of the resamples of {self.pictures} "
-                f"fresh pictures, {self.confidence:.0%} are asked for"
+                f"nothing: {self.best}, the best, is better in {self.wins:.0%} of the resamples of "
+                f"{self.fresh}, {self.confidence:.0%} are asked for"
             )
         if not self.significant:
             return f"{self.choice}, asked for by name"
         figure, plain = (f"{self.confirmed[name]:.3g}" for name in (self.choice, OFF))
         return (
-            f"{self.choice}: {self.objective} {figure} instead of {plain} on {self.pictures} fresh pictures, better in "
+            f"{self.choice}: {self.objective} {figure} instead of {plain} on {self.fresh}, better in "
             f"{self.wins:.0%} of their resamples"
         )
 
@@ -96,6 +99,11 @@ class Contest:
     def half(self) -> int:
         """How many pictures everything is tried on first."""
         return half_of(self.pictures)
+
+    @property
+    def fresh(self) -> str:
+        """The pictures of `confirmed`, in words."""
+        return "fresh pictures" if self.confirming is None else f"{self.confirming} fresh pictures"
 
     @property
     def significant(self) -> bool:

@@ -168,6 +168,7 @@ def fit(bundle: Bundle, options: FitOptions, recordings: Recordings, tick: Tick)
         best=chosen.best,
         confirmed=chosen.confirmed,
         wins=chosen.wins,
+        confirming=None if chosen.wins is None else len(options.confirming_pictures),
         refused=refused,
         latent_snr_db=chosen.latent_snr_db,
     )
