@@ -52,7 +52,7 @@ def export_main(args: Sequence[str] | None = None) -> None:
 
 def run(command: click.Command, args: Sequence[str] | None, name: str, **extra: object) -> int:
     """Run a command and return its exit code; only a bug of ours leaves with a traceback."""
-    # read at torch's first tensor: large ones in huge pages, as faults in small ones are half of a large network's pass
+    # read at torch's first tensor: large ones in huge pages (a softmax of 270 MB: three times as fast)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for library in ("torch", "onnxscript", "onnx_ir", "diffusers", "transformers"):

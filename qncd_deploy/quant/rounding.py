@@ -117,7 +117,7 @@ LEAST_PART = 0.1
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """LearnedStep's function with its gradients, in half the passes over x that its operators take one by one."""
+    """LearnedStep's function with its gradients, in fewer passes over x than its operators take one by one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: float, high: float) -> Tensor:

@@ -33,8 +33,8 @@ MIN_GAIN = 0.02
 
 JUDGED_NUMBERS = 1 << 20
 LEAST_CHANNELS = 64
-"""Of a weight with more numbers so many of its output channels judge a factor: finding grids for all of them takes most
-of the time, and each channel's error is a mean over thousands of values already."""
+"""Of a weight with more numbers so many of its output channels judge a factor: finding grids for all of them is half
+of what takes time, and each channel's error is a mean over thousands of values already."""
 
 
 @dataclass(frozen=True, eq=False)
