@@ -20,7 +20,6 @@ from qncd_deploy.quant.smooth import (  # noqa: E402 - needs torch
     SMOOTHQUANT_ALPHAS,
     Decision,
     Reader,
-    accept,
     block_candidates,
     choose,
     output_error,
@@ -60,19 +59,23 @@ def test_output_error_is_that_of_the_quantized_convolution() -> None:
 
 
 def test_a_factor_that_evens_out_loud_channels_is_kept() -> None:
-    decision = accept("even", LOUD.astype(np.float32), [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = choose(
+        {"even": LOUD.astype(np.float32)}, [CONV], fit=FIT, tune=HELD_OUT, held_out=HELD_OUT, policy=POLICY
+    )
     assert decision.kept
     assert decision.error_before == output_error(ONES, [CONV], fit=FIT, judge=HELD_OUT, policy=POLICY)
     assert decision.error_after < decision.error_before / 10  # noise of an outlier-sized step, gone
 
 
 def test_a_factor_that_hurts_is_not_kept() -> None:
-    decision = accept("worse", (LOUD**-1).astype(np.float32), [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY)
+    decision = choose(
+        {"worse": (LOUD**-1).astype(np.float32)}, [CONV], fit=FIT, tune=HELD_OUT, held_out=HELD_OUT, policy=POLICY
+    )
     assert not decision.kept and decision.error_after > decision.error_before
 
 
 def test_no_smoothing_is_never_kept_as_an_improvement() -> None:
-    assert not accept("none", ONES, [CONV], fit=FIT, held_out=HELD_OUT, policy=POLICY).kept
+    assert not choose({"none": ONES}, [CONV], fit=FIT, tune=HELD_OUT, held_out=HELD_OUT, policy=POLICY).kept
 
 
 def test_a_gain_too_small_for_a_multiplication_is_not_kept() -> None:
@@ -109,7 +112,9 @@ def test_other_formats_are_judged_by_their_own_grids(policy: Policy) -> None:
 
 def test_silent_samples_and_weights_are_no_division_by_zero() -> None:
     silent = np.zeros((1, C, 4, 4), np.float32)
-    decision = accept("even", LOUD.astype(np.float32), [CONV], fit=silent, held_out=silent, policy=POLICY)
+    decision = choose(
+        {"even": LOUD.astype(np.float32)}, [CONV], fit=silent, tune=silent, held_out=silent, policy=POLICY
+    )
     assert (decision.error_before, decision.error_after, decision.kept) == (0, 0, False)
     assert output_error(ONES, [Reader(CONV.site, WEIGHT * 0)], fit=FIT, judge=HELD_OUT, policy=POLICY) == 0
 

@@ -141,14 +141,6 @@ def choose(
     return _accept(best, forms[best], fit=fit, held_out=held_out, policy=policy)
 
 
-def accept(
-    label: str, s: np.ndarray, readers: Sequence[Reader], *, fit: np.ndarray, held_out: np.ndarray, policy: Policy
-) -> Decision:
-    """Judge one factor on held-out samples; arguments as in `choose`."""
-    judged = [reader.judged() for reader in readers]
-    return _accept(label, _Form.of(s, judged, fit=fit, policy=policy), fit=fit, held_out=held_out, policy=policy)
-
-
 def _accept(label: str, form: _Form, *, fit: np.ndarray, held_out: np.ndarray, policy: Policy) -> Decision:
     plain = _Form.of(np.ones_like(form.factors), form.readers, fit=fit, policy=policy)
     exact = _outputs(held_out, form.readers)
